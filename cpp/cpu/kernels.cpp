@@ -1,0 +1,34 @@
+// Built once per arch (CMakeLists.txt: add_arch). Its only symbol is the table of what it can do.
+#include "layer.hpp"
+
+namespace gatewise { inline namespace GATEWISE_ARCH {
+namespace {
+
+template <class T, class F> void map(const T* x, T* y, std::size_t n, F f) {
+  const FlushSubnormals flush;
+  constexpr std::size_t W = Vec<T>::width;
+  for (std::size_t i = 0; i < n; i += W) f(Vec<T>::load(x + i, Index(n - i))).store(y + i, Index(n - i));
+}
+template <class T> constexpr Functions<T> functions() {
+  return {[](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return exp(v); }); },
+          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return tanh(v); }); },
+          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }};
+}
+
+template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {
+  return {sizes<Cell, T>, forward<Cell, T>, backward<Cell, T>};
+}
+template <class List> struct Table;
+template <class... Cell> struct Table<List<Cell...>> {
+  static constexpr Kernels rows[] = {
+      {{Cell::name, Cell::G, Cell::S, Cell::has_c, Cell::split}, cell_kernels<Cell, float>(), cell_kernels<Cell, double>()}...};
+};
+
+}  // namespace
+
+extern const ArchKernels kernels;
+const ArchKernels kernels = {Table<Cells>::rows,  int(sizeof(Table<Cells>::rows) / sizeof(Kernels)),
+                             functions<float>(),  functions<double>(),
+                             Vec<float>::width,   Vec<double>::width};
+
+}}  // namespace gatewise::GATEWISE_ARCH

@@ -1,0 +1,512 @@
+// The layer: any cell through time, forward and backward. Written once for all cells, dtypes and arches.
+//
+// Forward, a chunk of steps at a time: gx = W_ih x + b of the whole chunk, then step by step the product W_hh h with
+// the cell as its epilogue, on registers. Backward, chunks from the end: step by step the product dgates W_hh with
+// the cell's backward of the step before as its epilogue, then dx and the weight gradients of the chunk, while its
+// gate gradients are still in cache. Rows, or panels when rows are few, are shared among a team of threads; no
+// element is ever summed by two of them.
+//
+// Buffers of the layer's own, W lanes to a register, P = ceil(H / W) panels, R packed rows (rows.hpp):
+//   saved  [P][R][S][W]      states [P][N + R][W], c0 in the first N rows      (the tape)
+//   gx     [P][chunk][G][W]  dgates [P][chunk][D][W]                           (scratch)
+// Lanes past H hold finite junk: their weights are zero, so it never reaches a lane before H.
+#pragma once
+#include "gatewise/cells.hpp"
+#include "threads.hpp"
+#include "tile.hpp"
+
+namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
+
+template <class T> void copy(const T* from, T* to, Index n) { std::memcpy(to, from, std::size_t(n) * sizeof(T)); }
+template <class T> void zero(T* to, Index n) { std::memset(to, 0, std::size_t(n) * sizeof(T)); }
+
+// Compile-time facts about a cell in this build.
+template <class Cell, class T> struct Shape {
+  using V = Vec<T>;
+  static constexpr Index W = V::width;
+  static constexpr int G = Cell::G, S = Cell::S;
+  // Blocks of gate gradients in a row. A split cell stores its last gate twice, [dgx of the last | the gates before |
+  // dgh of the last], so that the G blocks from x_block and the G from h_block are each contiguous.
+  static constexpr int D = Cell::split ? G + 1 : G, x_block = 0, h_block = D - G;
+  static constexpr int group = Panels<G>::per_group;
+
+  GATEWISE_FN static int x_gate(int slot) { return Cell::split ? (slot + G - 1) % G : slot; }
+  GATEWISE_FN static int h_gate(int slot) { return slot; }
+  GATEWISE_FN static int x_slot(int gate) { return Cell::split ? (gate + 1) % G : gate; }
+};
+
+// Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache.
+constexpr Index kChunkBytes = 2 << 20, kLeastChunkRows = 256, kMostChunkRows = 2048;
+
+// How a team shares the steps of a sequence.
+enum class Sharing { alone, rows, panels };
+struct Plan { Sharing sharing; int threads; };
+
+// Handing a job to another thread costs some microseconds, and so does a barrier in every step.
+template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
+  const double step_flops = 2.0 * double(d.N) * Cell::G * double(d.H) * double(d.H);
+  const double flops = 2.0 * double(rows) * Cell::G * double(d.H) * double(d.I + d.H);
+  if (threads < 2 || flops < 4e6) return {Sharing::alone, 1};
+  if (d.N >= 8 * threads && d.H < 256) return {Sharing::rows, threads};
+  if (step_flops >= 1e6) return {Sharing::panels, threads};
+  if (d.N >= threads) return {Sharing::rows, threads};
+  return {Sharing::alone, 1};
+}
+
+// What forward and backward have in common: the problem, its rows, and how to find things in it.
+template <class Cell, class T> struct Pass {
+  using Facts = Shape<Cell, T>;
+  using V = Vec<T>;
+  static constexpr Index W = Facts::W;
+  static constexpr int G = Facts::G, S = Facts::S, D = Facts::D;
+
+  Problem<T> problem;
+  Dims d;
+  Index P;       // panels
+  Index groups;  // of panels
+  Rows rows;
+  Plan how;
+
+  Pass(const Problem<T>& p, Arena& arena, int threads)
+      : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
+        rows(arena, d.T, d.N, count_rows(p)), how(plan<Cell>(d, rows.count, threads)) {}
+
+  Index chunk_target() const {
+    const Index fit = kChunkBytes / (P * W * D * Index(sizeof(T)));
+    return fit < kLeastChunkRows ? kLeastChunkRows : least(fit, kMostChunkRows);
+  }
+  Index chunk_capacity() const { return least(rows.count, chunk_target() + d.N); }
+
+  Index group_panels(Index group) const { return least(P - group * Facts::group, Facts::group); }
+
+  // The hidden state before step s of sorted position i, or null for zeros.
+  GATEWISE_FN const T* previous_h(const T* y, Index s, Index i) const {
+    if (s > 0) return y + rows.time_row[rows.offset[s - 1] + i] * d.H;
+    return problem.sequence.h0 ? problem.sequence.h0 + rows.order[i] * d.H : nullptr;
+  }
+
+  // Row of `states` that holds c after step s of position 0; s = -1 is the initial state.
+  Index state_row(Index s) const { return s < 0 ? 0 : d.N + rows.offset[s]; }
+  Index state_rows() const { return d.N + rows.count; }
+
+  // [N, H] in the caller's order <-> [P][stride][W] by sorted position. A null source reads as zeros.
+  void gather(const T* from, T* panels, Index stride, Range positions) const {
+    for (Index p = 0; p < P; ++p)
+      for (Index i = positions.begin; i < positions.end; ++i)
+        (from ? V::load(from + rows.order[i] * d.H + p * W, d.H - p * W) : V(0)).store(panels + (p * stride + i) * W);
+  }
+  void scatter(const T* panels, Index stride, Index row, T* to, Index n) const {
+    for (Index p = 0; p < P; ++p) V::load(panels + (p * stride + row) * W).store(to + n * d.H + p * W, d.H - p * W);
+  }
+};
+
+// Zeros the rows of a [T, N, width] array that lie past the end of their sequence.
+template <class T> void zero_padding(const Problem<T>& p, T* array, Index width, Range sequences) {
+  if (!p.sequence.lengths) return;
+  for (Index t = 0; t < p.dims.T; ++t)
+    for (Index n = sequences.begin; n < sequences.end; ++n)
+      if (t >= p.sequence.lengths[n]) zero(array + (t * p.dims.N + n) * width, width);
+}
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
+  using Base = Pass<Cell, T>;
+  using typename Base::Facts;
+  using typename Base::V;
+  using Base::d, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
+
+  Forward<T> call;
+  T *w_ih, *w_hh, *bias;  // packed; bias [P][G + 1][W]: what is added to gx, and to gh of a split cell's last gate
+  T* gx;
+  T* states;              // the tape's, or only the current ones
+  Index states_stride;
+
+  ForwardPass(const Forward<T>& call, Arena& arena)
+      : Base(call.problem, arena, call.threads), call(call),
+        w_ih(arena.take<T>(P * G * W * d.I)), w_hh(arena.take<T>(P * G * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
+        gx(arena.take<T>(P * this->chunk_capacity() * G * W)), states(call.states), states_stride(this->state_rows()) {
+    if (!Cell::has_c) return;
+    T* current = arena.take<T>(P * d.N * W);
+    if (!call.saved) states = current, states_stride = d.N;
+  }
+
+  bool keeps_tape() const { return call.saved != nullptr; }
+  Index state_row(Index s) const { return keeps_tape() ? Base::state_row(s) : 0; }
+
+  void pack_weights(Range groups) {
+    const Weights<T>& w = problem.weights;
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
+      pack<T, G>(w.w_hh, d.H, d.H, Facts::h_gate, q, w_hh);
+      for (Index p = q * Facts::group; p < q * Facts::group + this->group_panels(q); ++p)
+        for (int g = 0; g <= G; ++g) {
+          const Index gate = least(g, G - 1) * d.H + p * W, n = d.H - p * W;
+          const V ih = w.b_ih ? V::load(w.b_ih + gate, n) : V(0), hh = w.b_hh ? V::load(w.b_hh + gate, n) : V(0);
+          const bool apart = Cell::split && g == G - 1;  // r acts on b_hh too: it cannot move into gx
+          (g == G ? hh : apart ? ih : ih + hh).store(bias + (p * (G + 1) + g) * W);
+        }
+    }
+  }
+
+  // gx of packed rows [begin, end), in a chunk that starts at row `chunk`
+  void project(Index chunk, Range packed) {
+    for (Index q = 0; q < this->groups; ++q) {
+      const Index panels = this->group_panels(q), registers = panels * G;
+      const T* weights = w_ih + q * Facts::group * G * W * d.I;
+      for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
+        const Index row = packed.begin + first;
+        const T* x[kMaxRows] = {};
+        for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.time_row[row + r] * d.I;
+        Tile<T> tile;
+        kMultiplyRows<T>[registers - 1][height - 1](x, {d.I, 1, 0}, weights, tile);
+        for (Index r = 0; r < height; ++r)
+          for (Index b = 0; b < panels; ++b) {
+            const Index p = q * Facts::group + b;
+            const T* product = tile.numbers + (r * panels + b) * G * W;
+            T* out = gx + (p * this->chunk_capacity() + row + r - chunk) * G * W;
+            GATEWISE_UNROLL for (int g = 0; g < G; ++g)
+              (V::load(product + g * W) + V::load(bias + (p * (G + 1) + g) * W)).store(out + g * W);
+          }
+      });
+    }
+  }
+
+  // One step of sorted positions [begin, end), for the given groups of panels
+  void step(Index s, Index chunk, Range positions, Range groups) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      const Index panels = this->group_panels(q), registers = panels * G;
+      const T* weights = w_hh + q * Facts::group * G * W * d.H;
+      for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
+        const Index i = positions.begin + first;
+        const T* h[kMaxRows] = {};
+        for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r);
+        Tile<T> tile;
+        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, {d.H, 1, 0}, weights, tile);
+        else zero(tile.numbers, height * registers * W);
+        for (Index r = 0; r < height; ++r)
+          for (Index b = 0; b < panels; ++b)
+            finish(s, chunk, i + r, q * Facts::group + b, h[r], tile.numbers + (r * panels + b) * G * W);
+      });
+    }
+  }
+
+  // The epilogue: the cell on one row of one panel
+  GATEWISE_FN void finish(Index s, Index chunk, Index i, Index p, const T* h, const T* product) {
+    const Index row = rows.offset[s] + i, lanes = d.H - p * W;
+    const T* gx_row = gx + (p * this->chunk_capacity() + row - chunk) * G * W;
+    T* states_panel = states + p * states_stride * W;
+    V x[G], hidden[G], saved[S];
+    GATEWISE_UNROLL for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W), hidden[g] = V::load(product + g * W);
+    if (Cell::split) hidden[G - 1] = hidden[G - 1] + V::load(bias + (p * (G + 1) + G) * W);
+    State<V> prev{h ? V::load(h + p * W, lanes) : V(0), V(0)};
+    if (Cell::has_c) prev.c = V::load(states_panel + (state_row(s - 1) + i) * W);
+    const State<V> next = Cell::forward(x, hidden, prev, saved);
+    next.h.store(call.y + rows.time_row[row] * d.H + p * W, lanes);
+    if (Cell::has_c) next.c.store(states_panel + (state_row(s) + i) * W);
+    if (keeps_tape())
+      GATEWISE_UNROLL for (int k = 0; k < S; ++k) saved[k].store(call.saved + ((p * rows.count + row) * S + k) * W);
+  }
+
+  void final_states(Range positions) {
+    for (Index i = positions.begin; i < positions.end; ++i) {
+      const Index n = rows.order[i], length = length_of(problem, n);
+      if (length > 0) copy(call.y + rows.time_row[rows.offset[length - 1] + i] * d.H, call.hn + n * d.H, d.H);
+      else if (problem.sequence.h0) copy(problem.sequence.h0 + n * d.H, call.hn + n * d.H, d.H);
+      else zero(call.hn + n * d.H, d.H);
+      if (Cell::has_c) this->scatter(states, states_stride, state_row(length - 1) + i, call.cn, n);
+    }
+  }
+
+  void run(Team& team, int id) {
+    const FlushSubnormals flush;
+    const Range sequences = share(d.N, id, team.size);
+    const bool by_panels = how.sharing == Sharing::panels;
+    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
+    const Range own_groups = by_panels ? share(this->groups, id, team.size) : Range{0, this->groups};
+
+    pack_weights(share(this->groups, id, team.size));
+    zero_padding(problem, call.y, d.H, sequences);
+    if (Cell::has_c) this->gather(problem.sequence.c0, states, states_stride, sequences);
+    team.barrier();
+    for (Index s = 0, end; s < d.T && rows.live(s) > 0; s = end) {
+      const Index chunk = rows.offset[s];
+      for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target();) ++end;
+      const Range part = share(rows.offset[end] - chunk, id, team.size);
+      project(chunk, {chunk + part.begin, chunk + part.end});
+      team.barrier();
+      for (Index t = s; t < end; ++t) {
+        step(t, chunk, {own.begin, least(own.end, rows.live(t))}, own_groups);
+        if (by_panels) team.barrier();
+      }
+      team.barrier();
+    }
+    final_states(sequences);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------- backward
+
+template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
+  using Base = Pass<Cell, T>;
+  using typename Base::Facts;
+  using typename Base::V;
+  using Base::d, Base::D, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
+  static constexpr int kRows = rows_per_tile(Panels<G>::registers);  // weight-gradient tile: rows of x or h
+
+  // One of the two weight matrices, or what its gradient needs
+  struct Side {
+    Index columns;         // I or H
+    int block;             // where its gates start in a row of dgates
+    int (*gate)(int slot);
+    const T* weights;
+    T* d_weights;          // the caller's, or null
+    T* packed;             // for products with dgates, or null
+    T* sums;               // d_weights in packed layout, or null
+    T* operand;            // the chunk's rows of x or h_prev, [tile of kRows columns][row][kRows], or null
+  };
+
+  Backward<T> call;
+  Side sides[2];  // of x, of h
+  const Side &x = sides[0], &h = sides[1];
+  T* bias_sums;                // [P][D][W]
+  T* dgates[2];                // of this chunk and of the one after it, whose first step is still needed
+  T *carry_h, *carry_c;        // [P][N][W] gradients that reach the state past the product
+
+  Side side(Arena& arena, Index columns, int block, int (*gate)(int), const T* weights, T* d_weights, bool product) {
+    const Index size = P * G * W * columns;
+    return {columns, block, gate, weights, d_weights,
+            product ? arena.take<T>(P * G * W * ceil_div(columns, W) * W) : nullptr,
+            d_weights ? arena.take<T>(size) : nullptr,
+            d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * this->chunk_capacity()) : nullptr};
+  }
+
+  BackwardPass(const Backward<T>& call, Arena& arena)
+      : Base(call.problem, arena, call.threads), call(call),
+        sides{side(arena, d.I, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih, call.dx),
+              side(arena, d.H, Facts::h_block, Facts::h_gate, problem.weights.w_hh, call.dw_hh, true)},
+        bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)) {
+    for (T*& buffer : dgates) buffer = arena.take<T>(P * this->chunk_capacity() * D * W);
+  }
+
+  GATEWISE_FN Index gate_row(Index p, Index chunk_row) const { return (p * this->chunk_capacity() + chunk_row) * D * W; }
+
+  // Products of rows of dgates with one side's weights, in tiles: f(row, register of columns, its value). Null gates
+  // are zeros.
+  template <class F> void product(const Side& side, const T* gates, Index count, Range groups, F f) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      const Index first_register = q * kColumnRegisters;
+      const Index registers = least(kColumnRegisters, ceil_div(side.columns, W) - first_register);
+      const T* weights = side.packed + first_register * W * P * G * W;
+      for_each_tile(count, rows_per_tile(registers), [&](Index first, Index height) {
+        Tile<T> tile;
+        if (gates) {
+          const T* a[kMaxRows] = {};
+          for (Index r = 0; r < height; ++r) a[r] = gates + gate_row(0, first + r) + side.block * W;
+          kMultiplyRows<T>[registers - 1][height - 1](a, {G * W, P, gate_row(1, 0)}, weights, tile);
+        } else {
+          zero(tile.numbers, height * registers * W);
+        }
+        for (Index r = 0; r < height; ++r)
+          for (Index v = 0; v < registers; ++v)
+            f(first + r, first_register + v, V::load(tile.numbers + (r * registers + v) * W));
+      });
+    }
+  }
+
+  // Gate gradients of step s from those of step s + 1, for sorted positions that are the thread's own
+  void step(Index s, const T* later, T* gates, Index chunk, Range own, Range groups) {
+    const Index live = rows.live(s), continuing = s + 1 < d.T ? rows.live(s + 1) : 0;
+    const Range fed{least(own.begin, continuing), least(own.end, continuing)};
+    const Range last{own.begin > continuing ? own.begin : continuing, least(own.end, live)};  // s is their last step
+    product(h, later + gate_row(0, fed.begin), fed.size(), groups,
+            [&](Index r, Index p, V dh) { finish(s, gates, chunk, fed.begin + r, p, dh); });
+    product(h, nullptr, last.size(), groups,
+            [&](Index r, Index p, V dh) { finish(s, gates, chunk, last.begin + r, p, dh); });
+  }
+
+  // The epilogue: the cell's backward on one row of one panel
+  GATEWISE_FN void finish(Index s, T* gates, Index chunk, Index i, Index p, V dh) {
+    const Index row = rows.offset[s] + i, lanes = d.H - p * W, at = rows.time_row[row] * d.H + p * W;
+    const Index carry = (p * d.N + i) * W;
+    const T* h_prev = this->previous_h(call.y, s, i);
+    const T* states = call.states + p * this->state_rows() * W;
+    V saved[S], dgx[G], dgh[G];
+    GATEWISE_UNROLL for (int k = 0; k < S; ++k) saved[k] = V::load(call.saved + ((p * rows.count + row) * S + k) * W);
+    State<V> prev{h_prev ? V::load(h_prev + p * W, lanes) : V(0), V(0)}, next{V::load(call.y + at, lanes), V(0)};
+    State<V> grad{dh + V::load(carry_h + carry), V(0)};
+    if (call.dy) grad.h = grad.h + V::load(call.dy + at, lanes);
+    if (Cell::has_c) {
+      prev.c = V::load(states + (this->state_row(s - 1) + i) * W);
+      next.c = V::load(states + (this->state_row(s) + i) * W);
+      grad.c = V::load(carry_c + carry);
+    }
+    const State<V> before = Cell::backward(saved, prev, next, grad, dgx, dgh);
+    before.h.store(carry_h + carry);
+    if (Cell::has_c) before.c.store(carry_c + carry);
+    T* out = gates + gate_row(p, row - chunk);
+    GATEWISE_UNROLL for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * W);
+    if (Cell::split) dgh[G - 1].store(out + G * W);
+  }
+
+  // Copies the chunk's rows of x, or of the state before each step, into the order in which their tiles read them
+  void pack_operand(const Side& side, Index first_step, Index end_step, Range tiles) {
+    const Index chunk = rows.offset[first_step], capacity = this->chunk_capacity();
+    for (Index tile = tiles.begin; tile < tiles.end; ++tile) {
+      const Index column = tile * kRows, n = least(kRows, side.columns - column);
+      for (Index s = first_step; s < end_step; ++s)
+        for (Index i = 0; i < rows.live(s); ++i) {
+          const Index row = rows.offset[s] + i;
+          const T* from = &side == &x ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
+          T* to = side.operand + (tile * capacity + row - chunk) * kRows;
+          if (from) copy(from + column, to, n);
+          else zero(to, n);
+        }
+    }
+  }
+
+  // sums += operand^T dgates. Each chunk is summed apart and then added, which also bounds the rounding error.
+  void weight_gradient(const Side& side, const T* gates, Index count, Range groups) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      const Index registers = this->group_panels(q) * G;
+      const T* b[kMaxRegisters] = {};
+      for (Index v = 0; v < registers; ++v)
+        b[v] = gates + gate_row(q * Facts::group + v / G, 0) + (side.block + v % G) * W;
+      T* sums = side.sums + q * Facts::group * G * W * side.columns;
+      for (Index column = 0; column < side.columns; column += kRows) {
+        const Index height = least(kRows, side.columns - column);
+        const T* a = side.operand + column * this->chunk_capacity();
+        Tile<T> tile;
+        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, D * W, tile);
+        T* sum = sums + column * registers * W;
+        for (Index v = 0; v < height * registers; ++v, sum += W) (V::load(sum) + V::load(tile.numbers + v * W)).store(sum);
+      }
+    }
+  }
+
+  void bias_gradient(const T* gates, Index count, Range panels) {
+    for (Index p = panels.begin; p < panels.end; ++p) {
+      V sum[D];
+      GATEWISE_UNROLL for (int g = 0; g < D; ++g) sum[g] = V(0);
+      for (Index r = 0; r < count; ++r)
+        GATEWISE_UNROLL for (int g = 0; g < D; ++g) sum[g] = sum[g] + V::load(gates + gate_row(p, r) + g * W);
+      GATEWISE_UNROLL for (int g = 0; g < D; ++g) {
+        T* total = bias_sums + (p * D + g) * W;
+        (V::load(total) + sum[g]).store(total);
+      }
+    }
+  }
+
+  void write_weight_gradients(Range groups) {
+    for (const Side& side : sides) {
+      T* d_bias = &side == &x ? call.db_ih : call.db_hh;
+      for (Index q = groups.begin; q < groups.end; ++q) {
+        if (side.d_weights) unpack_add<T, G>(side.sums, d.H, side.columns, side.gate, q, side.d_weights);
+        if (!d_bias) continue;
+        for (Index p = q * Facts::group; p < q * Facts::group + this->group_panels(q); ++p)
+          for (int slot = 0; slot < G; ++slot) {
+            T* to = d_bias + side.gate(slot) * d.H + p * W;
+            const V sum = V::load(bias_sums + (p * D + side.block + slot) * W);
+            (V::load(to, d.H - p * W) + sum).store(to, d.H - p * W);
+          }
+      }
+    }
+  }
+
+  void run(Team& team, int id) {
+    const FlushSubnormals flush;
+    const Range sequences = share(d.N, id, team.size), groups = share(this->groups, id, team.size);
+    const Range panels{groups.begin * Facts::group, least(groups.end * Facts::group, P)};
+    const Range h_columns = share(column_groups<T>(d.H), id, team.size), x_columns = share(column_groups<T>(d.I), id, team.size);
+    const bool by_panels = how.sharing == Sharing::panels, wants_bias = call.db_ih || call.db_hh;
+    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
+    const Range own_columns = by_panels ? h_columns : Range{0, column_groups<T>(d.H)};
+
+    for (Index q = h_columns.begin; q < h_columns.end; ++q)
+      pack_columns<T, G>(h.weights, d.H, d.H, h.gate, q, h.packed);
+    if (call.dx) {
+      for (Index q = x_columns.begin; q < x_columns.end; ++q)
+        pack_columns<T, G>(x.weights, d.H, d.I, x.gate, q, x.packed);
+      zero_padding(problem, call.dx, d.I, sequences);
+    }
+    for (const Side& side : sides)
+      if (side.sums) {
+        const Index per_panel = G * W * side.columns;
+        zero(side.sums + panels.begin * per_panel, panels.size() * per_panel);
+      }
+    if (panels.size() > 0) zero(bias_sums + panels.begin * D * W, panels.size() * D * W);
+    this->gather(call.dhn, carry_h, d.N, sequences);
+    if (Cell::has_c) this->gather(call.dcn, carry_c, d.N, sequences);
+    team.barrier();
+
+    Index end = 0;
+    while (end < d.T && rows.live(end) > 0) ++end;
+    int current = 0;
+    for (Index begin; end > 0; end = begin, current = 1 - current) {
+      for (begin = end - 1; begin > 0 && rows.offset[end] - rows.offset[begin] < this->chunk_target();) --begin;
+      const Index chunk = rows.offset[begin], count = rows.offset[end] - chunk;
+      T* gates = dgates[current];
+      for (Index s = end - 1; s >= begin; --s) {
+        const T* later = s == end - 1 ? dgates[1 - current] : gates + gate_row(0, rows.offset[s + 1] - chunk);
+        step(s, later, gates, chunk, own, own_columns);
+        if (by_panels) team.barrier();
+      }
+      for (const Side& side : sides)
+        if (side.d_weights) pack_operand(side, begin, end, share(ceil_div(side.columns, kRows), id, team.size));
+      team.barrier();
+
+      if (call.dx) {
+        const Range part = share(count, id, team.size);
+        product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)}, [&](Index r, Index v, V dx) {
+          dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
+        });
+      }
+      for (const Side& side : sides)
+        if (side.d_weights) weight_gradient(side, gates, count, groups);
+      if (wants_bias) bias_gradient(gates, count, panels);
+      team.barrier();
+    }
+
+    write_weight_gradients(groups);
+    if (call.dh0) initial_state_gradient(dgates[1 - current], h_columns);
+    if (Cell::has_c && call.dc0)
+      for (Index i = sequences.begin; i < sequences.end; ++i) this->scatter(carry_c, d.N, i, call.dc0, rows.order[i]);
+  }
+
+  void initial_state_gradient(const T* first_step, Range columns) {
+    const Index live = d.T > 0 ? rows.live(0) : 0;
+    const auto store = [&](Index i, Index p, V dh) {
+      (dh + V::load(carry_h + (p * d.N + i) * W)).store(call.dh0 + rows.order[i] * d.H + p * W, d.H - p * W);
+    };
+    product(h, first_step, live, columns, store);
+    product(h, nullptr, d.N - live, columns, [&](Index r, Index p, V dh) { store(live + r, p, dh); });
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ entry points
+
+// A pass is built from its call and an arena; every thread of the team then runs it.
+template <class PassType, class Call> void run_pass(const Call& call) {
+  Arena arena(call.scratch);
+  PassType pass(call, arena);
+  pass.rows.fill(call.problem);
+  run_team(pass.how.threads, [](const void* p, Team& team, int id) {
+    static_cast<PassType*>(const_cast<void*>(p))->run(team, id);
+  }, &pass);
+}
+
+template <class Cell, class T> void forward(const Forward<T>& call) { run_pass<ForwardPass<Cell, T>>(call); }
+template <class Cell, class T> void backward(const Backward<T>& call) { run_pass<BackwardPass<Cell, T>>(call); }
+
+// Scratch as it is when everything is wanted
+template <class Cell, class T> Sizes sizes(const Problem<T>& problem) {
+  T any;
+  Arena forward_arena(nullptr), backward_arena(nullptr);
+  const ForwardPass<Cell, T> f({problem, {}, {}, {}, {}, {}, {}, 1}, forward_arena);
+  const BackwardPass<Cell, T> b({problem, {}, {}, {}, {}, {}, {}, &any, {}, {}, &any, &any, {}, {}, {}, 1}, backward_arena);
+  const Index panel = Vec<T>::width;
+  return {std::size_t(f.P * f.rows.count * Cell::S * panel), std::size_t(Cell::has_c ? f.P * f.state_rows() * panel : 0),
+          forward_arena.bytes(), backward_arena.bytes()};
+}
+
+}}}  // namespace gatewise::GATEWISE_ARCH

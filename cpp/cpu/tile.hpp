@@ -1,0 +1,164 @@
+// The product at the heart of everything: a tile of MR rows by NR registers, accumulated in registers, and the
+// packed weights it reads. Each element is one chain of fused multiply-adds in the order of k, whatever the tile's
+// shape: a row's bits depend on neither its neighbours nor the number of threads.
+#pragma once
+#include <utility>
+
+#include "rows.hpp"
+#include "vec.hpp"
+
+namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
+
+// Registers a product may accumulate in; the rest hold its operands.
+constexpr int kAccumulators = GATEWISE_VECTOR_REGISTERS * 3 / 4;
+constexpr int rows_per_tile(int registers_per_row) {
+  const int rows = kAccumulators / registers_per_row;
+  return rows < 8 ? rows : 8;  // row pointers live in general registers, of which there are 16
+}
+
+constexpr int kMaxRegisters = 4, kMaxRows = rows_per_tile(1);
+
+// A tile leaves its registers through a buffer in L1, [row][register][lane], and epilogues are plain loops over it.
+// So the product is compiled once per shape for all cells, and a cell once for all shapes.
+template <class T> struct Tile {
+  alignas(64) T numbers[kMaxRows * kMaxRegisters * Vec<T>::width];
+};
+
+// acc[r][v] += sum over k of *a(r, k) * b(k, v): a() points to one number, b() to one register's worth.
+template <class T, int MR, int NR, class A, class B>
+GATEWISE_FN void multiply(Vec<T> (&acc)[MR][NR], Index K, A a, B b) {
+  for (Index k = 0; k < K; ++k) {
+    Vec<T> w[NR];
+    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) w[v] = Vec<T>::load(b(k, v));
+    GATEWISE_UNROLL for (int r = 0; r < MR; ++r) {
+      const Vec<T> x = Vec<T>::broadcast(a(r, k));
+      GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+    }
+  }
+}
+
+template <class T, int MR, int NR> GATEWISE_FN void clear(Vec<T> (&acc)[MR][NR]) {
+  GATEWISE_UNROLL for (int r = 0; r < MR; ++r)
+    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v] = Vec<T>(0);
+}
+template <class T, int MR, int NR> GATEWISE_FN void write(const Vec<T> (&acc)[MR][NR], Tile<T>& tile) {
+  GATEWISE_UNROLL for (int r = 0; r < MR; ++r)
+    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v].store(tile.numbers + (r * NR + v) * Vec<T>::width);
+}
+
+// Rows of numbers times packed weights [segments * K][NR][W]. A row's numbers come in segments of K, `stride` apart.
+struct Segments { Index K, count, stride; };
+template <class T, int MR, int NR>
+void multiply_rows(const T* const* rows, Segments s, const T* packed, Tile<T>& tile) {
+  constexpr Index W = Vec<T>::width;
+  const T* a[MR];
+  GATEWISE_UNROLL for (int r = 0; r < MR; ++r) a[r] = rows[r];
+  Vec<T> acc[MR][NR];
+  clear(acc);
+  for (Index i = 0; i < s.count; ++i, packed += s.K * NR * W) {
+    multiply(acc, s.K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
+    GATEWISE_UNROLL for (int r = 0; r < MR; ++r) a[r] += s.stride;
+  }
+  write(acc, tile);
+}
+
+// Columns of numbers, packed [K][height], times K rows of registers: register v of row k is at b[v] + k * stride.
+template <class T, int MR, int NR>
+void multiply_columns(const T* packed, Index height, Index K, const T* const* b, Index stride, Tile<T>& tile) {
+  const T* from[NR];
+  GATEWISE_UNROLL for (int v = 0; v < NR; ++v) from[v] = b[v];
+  Vec<T> acc[MR][NR];
+  clear(acc);
+  multiply(acc, K, [&](int r, Index k) { return packed + k * height + r; }, [&](Index k, int v) { return from[v] + k * stride; });
+  write(acc, tile);
+}
+
+// The products by shape: kernels<T>.rows[NR - 1][MR - 1]
+template <class T> using MultiplyRows = void (*)(const T* const*, Segments, const T*, Tile<T>&);
+template <class T> using MultiplyColumns = void (*)(const T*, Index, Index, const T* const*, Index, Tile<T>&);
+template <class T, int NR, class Rows> struct Shapes;
+template <class T, int NR, int... I> struct Shapes<T, NR, std::integer_sequence<int, I...>> {
+  static constexpr MultiplyRows<T> rows[] = {multiply_rows<T, I + 1, NR>...};
+  static constexpr MultiplyColumns<T> columns[] = {multiply_columns<T, I + 1, NR>...};
+};
+template <class T, int NR> using ShapesOf = Shapes<T, NR, std::make_integer_sequence<int, rows_per_tile(NR)>>;
+template <class T> constexpr const MultiplyRows<T>* kMultiplyRows[kMaxRegisters] = {
+    ShapesOf<T, 1>::rows, ShapesOf<T, 2>::rows, ShapesOf<T, 3>::rows, ShapesOf<T, 4>::rows};
+template <class T> constexpr const MultiplyColumns<T>* kMultiplyColumns[kMaxRegisters] = {
+    ShapesOf<T, 1>::columns, ShapesOf<T, 2>::columns, ShapesOf<T, 3>::columns, ShapesOf<T, 4>::columns};
+
+// Covers [0, n) with tiles of at most `most` rows of nearly equal height (16 = 6 + 5 + 5, not 6 + 6 + 4: short tiles
+// wait for loads). f(first row, height)
+template <class F> GATEWISE_FN void for_each_tile(Index n, Index most, F f) {
+  Index done = 0;
+  for (Index tiles = ceil_div(n, most); tiles > 0; --tiles) {
+    const Index height = ceil_div(n - done, tiles);
+    f(done, height);
+    done += height;
+  }
+}
+
+// How gate rows of a weight matrix [G*H, K] map to registers. A panel is one register's worth of hidden units, all
+// gates of them; a group is as many panels as make a tile four registers wide. `gate(slot)` gives the gate order.
+template <int Gates> struct Panels {
+  static constexpr int per_group = Gates >= 3 ? 1 : Gates == 2 ? 2 : GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
+  static constexpr int registers = per_group * Gates;
+};
+
+// packed[group][k][panel in group][slot][lane] = w[gate(slot) * H + unit][k], zero where there is no such unit
+template <class T, int Gates, class Gate>
+void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
+  constexpr Index W = Vec<T>::width;
+  const Index first = group * Panels<Gates>::per_group, panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  T* out = packed + first * Gates * W * K;
+  for (Index b = 0; b < panels; ++b)
+    for (int slot = 0; slot < Gates; ++slot)
+      for (Index lane = 0; lane < W; ++lane) {
+        const Index unit = (first + b) * W + lane;
+        T* to = out + (b * Gates + slot) * W + lane;
+        const T* from = w + (gate(slot) * H + unit) * K;
+        for (Index k = 0; k < K; ++k) to[k * panels * Gates * W] = unit < H ? from[k] : T(0);
+      }
+}
+
+// The inverse, added: w[gate(slot) * H + unit][k] += packed[...]
+template <class T, int Gates, class Gate>
+void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
+  constexpr Index W = Vec<T>::width;
+  const Index first = group * Panels<Gates>::per_group, panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  const T* in = packed + first * Gates * W * K;
+  for (Index b = 0; b < panels; ++b)
+    for (int slot = 0; slot < Gates; ++slot)
+      for (Index lane = 0; lane < least(W, H - (first + b) * W); ++lane) {
+        const T* from = in + (b * Gates + slot) * W + lane;
+        T* to = w + (gate(slot) * H + (first + b) * W + lane) * K;
+        for (Index k = 0; k < K; ++k) to[k] += from[k * panels * Gates * W];
+      }
+}
+
+// The same matrix for products the other way, gates in and columns out: a column group is up to four registers of
+// columns. packed[group][panel][slot][lane][column] = w[gate(slot) * H + unit][column], zero outside
+constexpr int kColumnRegisters = GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
+
+template <class T> Index column_groups(Index columns) { return ceil_div(columns, kColumnRegisters * Vec<T>::width); }
+
+template <class T, int Gates, class Gate>
+void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T* packed) {
+  constexpr Index W = Vec<T>::width;
+  const Index panels = ceil_div(H, W), first = group * kColumnRegisters * W;
+  const Index wide = least(kColumnRegisters, ceil_div(columns, W) - group * kColumnRegisters);
+  T* out = packed + first * panels * Gates * W;
+  for (Index p = 0; p < panels; ++p)
+    for (int slot = 0; slot < Gates; ++slot)
+      for (Index lane = 0; lane < W; ++lane, out += wide * W) {
+        const Index unit = p * W + lane;
+        for (Index v = 0; v < wide; ++v) {
+          const Index column = first + v * W;
+          const Vec<T> row = unit < H ? Vec<T>::load(w + (gate(slot) * H + unit) * columns + column, columns - column)
+                                      : Vec<T>(T(0));
+          row.store(out + v * W);
+        }
+      }
+}
+
+}}}  // namespace gatewise::GATEWISE_ARCH

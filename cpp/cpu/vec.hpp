@@ -1,0 +1,270 @@
+// Vec<T>: the widest register of this build as an arithmetic type, with its own exp, tanh and sigmoid.
+//
+// Written on the compiler's vector types; intrinsics appear only where those have no word for the instruction
+// (fused multiply-add, broadcast from memory, masked tails). Arithmetic is compiled with -ffp-contract=off and
+// every fusion is spelled fma(), so that a result's bits never depend on how a tile happened to be inlined.
+#pragma once
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "gatewise/math.hpp"
+
+#if defined(__AVX512F__)
+#define GATEWISE_VECTOR_BYTES 64
+#define GATEWISE_VECTOR_REGISTERS 32
+#elif defined(__AVX2__)
+#define GATEWISE_VECTOR_BYTES 32
+#define GATEWISE_VECTOR_REGISTERS 16
+#elif defined(__aarch64__)
+#define GATEWISE_VECTOR_BYTES 16
+#define GATEWISE_VECTOR_REGISTERS 32
+#else
+#define GATEWISE_VECTOR_BYTES 16
+#define GATEWISE_VECTOR_REGISTERS 16
+#endif
+
+// A tile's accumulators stay in registers only if every loop over them is unrolled completely.
+#if defined(__clang__)
+#define GATEWISE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define GATEWISE_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
+
+template <class T> struct Bits;
+template <> struct Bits<float> { using type = int; };
+template <> struct Bits<double> { using type = long long; };
+
+template <class T> struct Vec {
+  static constexpr int width = GATEWISE_VECTOR_BYTES / sizeof(T);
+  typedef T Native __attribute__((vector_size(GATEWISE_VECTOR_BYTES)));
+  typedef typename Bits<T>::type Integer __attribute__((vector_size(GATEWISE_VECTOR_BYTES)));
+
+  Native native;
+
+  Vec() = default;
+  GATEWISE_FN Vec(T x) { native = x - Native{}; }  // x - 0 is x for every x, -0 included
+  GATEWISE_FN static Vec of(Native n) { Vec r; r.native = n; return r; }
+  GATEWISE_FN static Vec of(Integer bits) { Vec r; r.native = (Native)bits; return r; }
+  GATEWISE_FN Integer bits() const { return (Integer)native; }
+
+  GATEWISE_FN static Vec load(const T* p) { Vec r; std::memcpy(&r.native, p, sizeof r.native); return r; }
+  GATEWISE_FN void store(T* p) const { std::memcpy(p, &native, sizeof native); }
+  // The first n lanes, n possibly more than there are; nothing past them is touched, missing lanes read as 0.
+  GATEWISE_FN static Vec load(const T* p, Index n);
+  GATEWISE_FN void store(T* p, Index n) const;
+  // From memory straight into all lanes; from a register it would occupy a multiply port.
+  GATEWISE_FN static Vec broadcast(const T* p);
+};
+
+template <class T> GATEWISE_FN Vec<T> operator+(Vec<T> a, Vec<T> b) { return Vec<T>::of(a.native + b.native); }
+template <class T> GATEWISE_FN Vec<T> operator-(Vec<T> a, Vec<T> b) { return Vec<T>::of(a.native - b.native); }
+template <class T> GATEWISE_FN Vec<T> operator*(Vec<T> a, Vec<T> b) { return Vec<T>::of(a.native * b.native); }
+template <class T> GATEWISE_FN Vec<T> operator/(Vec<T> a, Vec<T> b) { return Vec<T>::of(a.native / b.native); }
+template <class T> GATEWISE_FN Vec<T> operator-(Vec<T> a) { return Vec<T>::of(-a.native); }
+template <class T> GATEWISE_FN auto operator<(Vec<T> a, Vec<T> b) { return a.native < b.native; }
+template <class T, class M> GATEWISE_FN Vec<T> select(M mask, Vec<T> yes, Vec<T> no) {
+  return Vec<T>::of(mask ? yes.native : no.native);
+}
+// Clamps keep NaN: a comparison with NaN is false and returns x.
+template <class T> GATEWISE_FN Vec<T> at_most(Vec<T> limit, Vec<T> x) { return select(limit < x, limit, x); }
+template <class T> GATEWISE_FN Vec<T> at_least(Vec<T> limit, Vec<T> x) { return select(x < limit, limit, x); }
+
+// ---- the instructions that vector types cannot say
+
+#if defined(__AVX512F__)
+template <> GATEWISE_FN Vec<float> Vec<float>::broadcast(const float* p) { return of(_mm512_set1_ps(*p)); }
+template <> GATEWISE_FN Vec<double> Vec<double>::broadcast(const double* p) { return of(_mm512_set1_pd(*p)); }
+GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>::of(_mm512_fmadd_ps(a.native, b.native, c.native));
+}
+GATEWISE_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>::of(_mm512_fmadd_pd(a.native, b.native, c.native));
+}
+GATEWISE_FN unsigned first_lanes(Index n, int width) { return n >= width ? (1u << width) - 1 : (1u << n) - 1; }
+template <> GATEWISE_FN Vec<float> Vec<float>::load(const float* p, Index n) {
+  return of(_mm512_maskz_loadu_ps(__mmask16(first_lanes(n, 16)), p));
+}
+template <> GATEWISE_FN Vec<double> Vec<double>::load(const double* p, Index n) {
+  return of(_mm512_maskz_loadu_pd(__mmask8(first_lanes(n, 8)), p));
+}
+template <> GATEWISE_FN void Vec<float>::store(float* p, Index n) const {
+  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n, 16)), native);
+}
+template <> GATEWISE_FN void Vec<double>::store(double* p, Index n) const {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n, 8)), native);
+}
+
+#elif defined(__AVX2__)
+template <> GATEWISE_FN Vec<float> Vec<float>::broadcast(const float* p) { return of(_mm256_broadcast_ss(p)); }
+template <> GATEWISE_FN Vec<double> Vec<double>::broadcast(const double* p) { return of(_mm256_broadcast_sd(p)); }
+GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>::of(_mm256_fmadd_ps(a.native, b.native, c.native));
+}
+GATEWISE_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>::of(_mm256_fmadd_pd(a.native, b.native, c.native));
+}
+GATEWISE_FN __m256i first_lanes_f32(Index n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+GATEWISE_FN __m256i first_lanes_f64(Index n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <> GATEWISE_FN Vec<float> Vec<float>::load(const float* p, Index n) {
+  return n >= width ? load(p) : of(_mm256_maskload_ps(p, first_lanes_f32(n)));
+}
+template <> GATEWISE_FN Vec<double> Vec<double>::load(const double* p, Index n) {
+  return n >= width ? load(p) : of(_mm256_maskload_pd(p, first_lanes_f64(n)));
+}
+template <> GATEWISE_FN void Vec<float>::store(float* p, Index n) const {
+  n >= width ? store(p) : _mm256_maskstore_ps(p, first_lanes_f32(n), native);
+}
+template <> GATEWISE_FN void Vec<double>::store(double* p, Index n) const {
+  n >= width ? store(p) : _mm256_maskstore_pd(p, first_lanes_f64(n), native);
+}
+
+#else
+template <class T> GATEWISE_FN Vec<T> Vec<T>::broadcast(const T* p) {
+  if constexpr (width == 4) return of(Native{*p, *p, *p, *p});
+  else return of(Native{*p, *p});
+}
+template <class T> GATEWISE_FN Vec<T> Vec<T>::load(const T* p, Index n) {
+  if (n >= width) return load(p);
+  Vec r(T(0));
+  for (Index i = 0; i < n; ++i) r.native[i] = p[i];
+  return r;
+}
+template <class T> GATEWISE_FN void Vec<T>::store(T* p, Index n) const {
+  if (n >= width) return store(p);
+  for (Index i = 0; i < n; ++i) p[i] = native[i];
+}
+#if defined(__aarch64__)
+GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>::of((Vec<float>::Native)vfmaq_f32((float32x4_t)c.native, (float32x4_t)a.native, (float32x4_t)b.native));
+}
+GATEWISE_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>::of((Vec<double>::Native)vfmaq_f64((float64x2_t)c.native, (float64x2_t)a.native, (float64x2_t)b.native));
+}
+#else
+template <class T> GATEWISE_FN Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }  // no such instruction
+#endif
+#endif
+
+// ---- elementary functions. Error over all inputs, measured by tests/test_functions.py: at most 2 ULP each.
+// Coefficients: minimax polynomials (Remez exchange in 60 digits), rounded to T.
+
+template <class T> struct Coefficients;
+template <> struct Coefficients<float> {
+  using Int = int;
+  static constexpr int mantissa_bits = 23;
+  static constexpr Int bias = 127;
+  static constexpr float round_magic = 0x1.8p23f;  // x + magic - magic rounds to the nearest integer
+  static constexpr float ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // n * ln2_hi is exact
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f;              // past these: 0 and inf
+  static constexpr float sigmoid_low = -87.0f, sigmoid_high = 88.0f, tanh_high = 20.0f;
+  // (e^r - 1 - r) / r^2 on |r| <= ln2 / 2, relative error of e^r - 1 below 2^-28
+  static constexpr float expm1[] = {0x1.6db61ap-10f, 0x1.123c78p-7f, 0x1.55545cp-5f, 0x1.55548ep-3f, 0x1p-1f};
+  // (tanh(a) / a - 1) / a^2 as a polynomial in a^2 on a <= 0.5525
+  static constexpr float tanh[] = {-0x1.9a801cp-8f, 0x1.592254p-6f, -0x1.b925d4p-5f, 0x1.110d1ap-3f, -0x1.55554ap-2f};
+};
+template <> struct Coefficients<double> {
+  using Int = long long;
+  static constexpr int mantissa_bits = 52;
+  static constexpr Int bias = 1023;
+  static constexpr double round_magic = 0x1.8p52;
+  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  static constexpr double sigmoid_low = -708.0, sigmoid_high = 709.0, tanh_high = 44.0;
+  static constexpr double expm1[] = {0x1.af86b97345191p-26, 0x1.28b10ee499e1ep-22, 0x1.71dddf0cde1a6p-19,
+                                     0x1.a01995c345ba4p-16, 0x1.a01a01bb364a9p-13, 0x1.6c16c185f211bp-10,
+                                     0x1.111111110d548p-7,  0x1.555555554fee4p-5,  0x1.5555555555561p-3, 0x1p-1};
+  static constexpr double tanh[] = {-0x1.4585b6262c555p-16, 0x1.5cd9b7cf366a9p-14, -0x1.e93bcc70eb97cp-13,
+                                    0x1.347ec688258f5p-11,  -0x1.7d8f4180d939cp-10, 0x1.d6d290c2e4b97p-9,
+                                    -0x1.226e2ed35440dp-7,  0x1.664f48578ff85p-6,  -0x1.ba1ba1b975a8ep-5,
+                                    0x1.111111111071dp-3,   -0x1.555555555554fp-2};
+};
+
+template <class T, int N> GATEWISE_FN Vec<T> polynomial(const T (&highest_first)[N], Vec<T> x) {
+  Vec<T> p(highest_first[0]);
+  GATEWISE_UNROLL for (int i = 1; i < N; ++i) p = fma(p, x, Vec<T>(highest_first[i]));
+  return p;
+}
+
+// e^x = 2^n (1 + q). The caller has clamped x so that n fits its use.
+template <class T> struct SplitExp { typename Vec<T>::Integer n; Vec<T> q; };
+template <class T> GATEWISE_FN SplitExp<T> split_exp(Vec<T> x) {
+  using C = Coefficients<T>;
+  const Vec<T> magic(C::round_magic);
+  const Vec<T> shifted = fma(x, Vec<T>(T(0x1.71547652b82fep0)), magic);  // log2(e)
+  const Vec<T> n = shifted - magic;
+  const Vec<T> r = fma(n, Vec<T>(-C::ln2_lo), fma(n, Vec<T>(-C::ln2_hi), x));
+  return {shifted.bits() - magic.bits(), fma(polynomial(C::expm1, r), r * r, r)};
+}
+
+// 2^n for n within the normal exponents; n = -bias gives 0
+template <class T> GATEWISE_FN Vec<T> power_of_two(typename Vec<T>::Integer n) {
+  using C = Coefficients<T>;
+  return Vec<T>::of((n + C::bias) << C::mantissa_bits);
+}
+
+template <class T> GATEWISE_FN Vec<T> exp(Vec<T> x) {
+  using C = Coefficients<T>;
+  const SplitExp<T> e = split_exp(at_least(Vec<T>(C::exp_low), at_most(Vec<T>(C::exp_high), x)));
+  const auto half = e.n >> 1;  // 2^n may overflow where the result does not: scale in two steps
+  return (Vec<T>(1) + e.q) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+}
+
+template <class T> GATEWISE_FN Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x), the sum rounded once
+  using C = Coefficients<T>;
+  const SplitExp<T> e = split_exp(at_least(Vec<T>(C::sigmoid_low), at_most(Vec<T>(C::sigmoid_high), -x)));
+  const Vec<T> scale = power_of_two<T>(e.n);
+  return Vec<T>(1) / fma(scale, e.q, Vec<T>(1) + scale);
+}
+
+template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
+  // Near 0 an odd polynomial, a + a^3 P(a^2); beyond, 1 - 2 / (e^2a + 1), whose error is halved by the subtraction.
+  using C = Coefficients<T>;
+  const auto sign_bit = Vec<T>(T(-0.0)).bits();
+  const Vec<T> a = at_most(Vec<T>(C::tanh_high), Vec<T>::of(x.bits() & ~sign_bit));
+  const SplitExp<T> e = split_exp(a + a);
+  const Vec<T> scale = power_of_two<T>(e.n);
+  const Vec<T> far = Vec<T>(1) - Vec<T>(2) / fma(scale, e.q, Vec<T>(1) + scale);
+  const Vec<T> z = a * a;
+  const Vec<T> near = fma(a * z, polynomial(C::tanh, z), a);
+  const Vec<T> y = select(a < Vec<T>(T(0.5525)), near, far);
+  return Vec<T>::of(y.bits() | (x.bits() & sign_bit));
+}
+
+template <class T> GATEWISE_FN Vec<T> relu(Vec<T> x) { return at_least(Vec<T>(0), x); }
+template <class T> GATEWISE_FN Vec<T> d_relu(Vec<T> y) { return select(Vec<T>(0) < y, Vec<T>(1), Vec<T>(0)); }
+
+// Subnormal gradients cost a hundred times a normal one, and recurrent gradients do decay that far. While this
+// object lives, its thread reads and writes subnormals as zero; then the caller's mode is back.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }  // flush-to-zero, denormals-are-zero
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (1ull << 24)));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  unsigned long long saved_;
+#else
+  FlushSubnormals() {}  // no portable way: subnormals are computed as they are
+#endif
+};
+
+}}}  // namespace gatewise::GATEWISE_ARCH

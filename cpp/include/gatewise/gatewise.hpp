@@ -1,0 +1,92 @@
+// The public face of the kernel library: plain pointers in, plain pointers out. It never allocates results
+// and never keeps a pointer: the caller owns every buffer, and `sizes()` says how large the opaque ones are.
+//
+// Shapes, in elements, C-contiguous, time-major: T steps, N sequences, I inputs, H hidden units, G gates.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace gatewise {
+
+using Index = std::int64_t;
+
+struct Dims { Index T, N, I, H; };
+
+template <class T> struct Weights {
+  const T* w_ih;  // [G*H, I]
+  const T* w_hh;  // [G*H, H]
+  const T* b_ih;  // [G*H] or null: zeros
+  const T* b_hh;  // [G*H] or null: zeros
+};
+
+template <class T> struct Sequence {
+  const T* x;            // [T, N, I]
+  const T* h0;           // [N, H] or null: zeros
+  const T* c0;           // [N, H] or null: zeros; cells with c only
+  const Index* lengths;  // [N] in 0..T, any order, or null: T for all
+  bool reverse;          // walk each sequence from its own last step to step 0
+};
+
+template <class T> struct Problem { Dims dims; Weights<T> weights; Sequence<T> sequence; };
+
+// Elements of the tape's opaque buffers and bytes of scratch. Their layout belongs to the arch that wrote them.
+struct Sizes { std::size_t saved, states, forward_scratch, backward_scratch; };
+
+template <class T> struct Forward {
+  Problem<T> problem;
+  T* y;           // [T, N, H], zero past a sequence's end
+  T* hn;          // [N, H]
+  T* cn;          // [N, H]; cells with c only
+  T* saved;       // the tape, or null: nothing is kept for backward
+  T* states;      // the tape's cell states; null when saved is
+  void* scratch;  // Sizes::forward_scratch bytes
+  int threads;
+};
+
+template <class T> struct Backward {
+  Problem<T> problem;
+  const T *y, *saved, *states;         // what forward wrote
+  const T *dy, *dhn, *dcn;             // incoming, each may be null: zeros
+  T *dx, *dh0, *dc0;                   // outgoing, each may be null: not wanted; overwritten
+  T *dw_ih, *dw_hh, *db_ih, *db_hh;    // outgoing, each may be null: not wanted; added to
+  void* scratch;                       // Sizes::backward_scratch bytes
+  int threads;
+};
+
+struct CellInfo { const char* name; int G, S; bool has_c, split; };
+
+template <class T> struct CellKernels {
+  Sizes (*sizes)(const Problem<T>&);
+  void (*forward)(const Forward<T>&);
+  void (*backward)(const Backward<T>&);
+};
+
+// y[k] = f(x[k]): the kernels' own elementary functions, exposed so that their error can be measured.
+template <class T> using Map = void (*)(const T* x, T* y, std::size_t n);
+template <class T> struct Functions { Map<T> exp, tanh, sigmoid; };
+
+struct Kernels { CellInfo info; CellKernels<float> f32; CellKernels<double> f64; };  // one row a cell
+
+struct ArchKernels {
+  const Kernels* cells;
+  int cell_count;
+  Functions<float> f32;
+  Functions<double> f64;
+  int lanes_f32, lanes_f64;  // units in a register: the width of the tape's panels
+};
+
+struct Arch {
+  const char* name;
+  bool (*runs_here)();
+  const ArchKernels* kernels;
+};
+
+struct ArchList { const Arch* begin; const Arch* end; };
+ArchList archs();           // best first; the last one runs everywhere
+const Arch& choose_arch();  // GATEWISE_ARCH if set, else the best that runs here; throws std::invalid_argument
+
+// The order in which kernels walk the valid (t, n) pairs: sequences longest first, step by step. Writes the
+// time-major row t*N + n of each to rows[] (as many as the lengths add up to).
+template <class T> void row_order(const Problem<T>&, Index* rows);
+
+}  // namespace gatewise

@@ -1,0 +1,25 @@
+// The functions that cells are written in, for float and double. Every other type a cell runs on
+// (a SIMD register in cpu/vec.hpp, a dual number in the tests) brings its own overloads.
+#pragma once
+#include <cmath>
+
+#include "gatewise/arch.hpp"
+
+namespace gatewise { inline namespace GATEWISE_ARCH {
+
+GATEWISE_FN float exp(float x) { return ::expf(x); }
+GATEWISE_FN double exp(double x) { return ::exp(x); }
+GATEWISE_FN float tanh(float x) { return ::tanhf(x); }
+GATEWISE_FN double tanh(double x) { return ::tanh(x); }
+GATEWISE_FN float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+GATEWISE_FN double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+GATEWISE_FN float relu(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays NaN
+GATEWISE_FN double relu(double x) { return x < 0.0 ? 0.0 : x; }
+
+// Derivatives in terms of the function's own output y.
+template <class V> GATEWISE_FN V d_tanh(V y) { return V(1) - y * y; }
+template <class V> GATEWISE_FN V d_sigmoid(V y) { return y * (V(1) - y); }
+GATEWISE_FN float d_relu(float y) { return y > 0.0f ? 1.0f : 0.0f; }
+GATEWISE_FN double d_relu(double y) { return y > 0.0 ? 1.0 : 0.0; }
+
+}}  // namespace gatewise::GATEWISE_ARCH

@@ -1,0 +1,72 @@
+from typing import Any
+
+archs: list[tuple[str, bool]]
+cells: dict[str, dict[str, Any]]
+
+def choose_arch() -> str: ...
+def evaluate(function: str, x: Any, arch: str) -> Any: ...
+
+class Problem:
+    def __init__(
+        self,
+        cell: str,
+        x: Any,
+        w_ih: Any,
+        w_hh: Any,
+        b_ih: Any,
+        b_hh: Any,
+        h0: Any,
+        c0: Any,
+        lengths: Any,
+        reverse: bool,
+    ) -> None: ...
+    @property
+    def cell(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def T(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    @property
+    def I(self) -> int: ...
+    @property
+    def H(self) -> int: ...
+    @property
+    def G(self) -> int: ...
+    @property
+    def S(self) -> int: ...
+    @property
+    def has_c(self) -> bool: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def sizes(self) -> tuple[int, int, int, int]: ...
+    def write_rows(self, rows: Any) -> None: ...
+    def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
+
+def forward(
+    problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int
+) -> None: ...
+def backward(
+    problem: Problem,
+    y: Any,
+    saved: Any,
+    states: Any,
+    dy: Any,
+    dhn: Any,
+    dcn: Any,
+    dx: Any,
+    dh0: Any,
+    dc0: Any,
+    dw_ih: Any,
+    dw_hh: Any,
+    db_ih: Any,
+    db_hh: Any,
+    scratch: Any,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,67 @@
+"""Which backends exist here, which one a call gets, and with how many threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from . import _core
+
+NAMES = ("cpu", "reference", "cuda")
+
+
+def _unavailable(name: str) -> str | None:
+    """Why a backend cannot run here, or None if it can."""
+    if name == "reference" and importlib.util.find_spec("numba") is None:
+        return "not available: Numba is not installed (pip install gatewise[reference])"
+    if name == "cuda":
+        return "not built: this version has no CUDA kernels"
+    return None
+
+
+def backends() -> dict[str, str]:
+    """Every backend and what it is here: the CPU's arch, "numba", or the reason why it is missing."""
+    here = {"cpu": _core.choose_arch(), "reference": "numba"}
+    return {name: _unavailable(name) or here[name] for name in NAMES}
+
+
+def choose(backend: str | None) -> str:
+    """The backend of a call: its argument, else GATEWISE_BACKEND, else "cpu"."""
+    name, source = backend, "backend"
+    if name is None:
+        name, source = os.environ.get("GATEWISE_BACKEND") or "cpu", "GATEWISE_BACKEND"
+    if name == "cpu":
+        return name
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}; got {name!r}")
+    if reason := _unavailable(name):
+        raise ValueError(f"{source}: {name!r} is {reason}")
+    return name
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+MOST_THREADS = 1024
+
+
+def choose_num_threads(num_threads: int | None) -> tuple[int, str]:
+    """Threads of a call and where the number came from: the argument, else GATEWISE_NUM_THREADS, else
+    OMP_NUM_THREADS, else the cores this process may use. Results are the same bits for any number."""
+    if num_threads is not None:
+        return _threads_from("num_threads", num_threads), "num_threads"
+    for variable in ("GATEWISE_NUM_THREADS", "OMP_NUM_THREADS"):
+        if text := os.environ.get(variable):
+            # OpenMP allows one number for each level of nesting; the outermost is ours
+            text = text.split(",")[0].strip() if variable == "OMP_NUM_THREADS" else text
+            return _threads_from(variable, int(text) if text.isascii() and text.isdigit() else text), variable
+    return min(available_cores(), MOST_THREADS), "cores of this process"
+
+
+def _threads_from(source: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value.__index__() <= MOST_THREADS:
+        raise ValueError(f"{source}: expected a whole number from 1 to {MOST_THREADS}; got {value!r}")
+    return int(value.__index__())

@@ -1,0 +1,405 @@
+"""Recurrent layers as functions on arrays: one call is one direction of one layer, forward or backward.
+
+Time-major NumPy arrays in, NumPy arrays out, nothing copied and nothing cast. Shapes use the project's letters:
+T time steps, N batch, I input size, H hidden size, G gates of the cell (lstm i f g o · gru r z n · rnn h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .backends import choose, choose_num_threads
+
+Array = NDArray[Any]
+Lengths = Optional[NDArray[np.int64]]
+
+
+class Gradients(NamedTuple):
+    """Gradients by the name of what they belong to, each with its shape; what was not wanted is None."""
+
+    dx: Array | None = None
+    dh0: Array | None = None
+    dc0: Array | None = None
+    dw_ih: Array | None = None
+    dw_hh: Array | None = None
+    db_ih: Array | None = None
+    db_hh: Array | None = None
+
+
+class Tape:
+    """What a forward pass returns, and what its backward pass needs.
+
+    The tape borrows the arrays it was made from (x, the weights, the initial state): change them before
+    `backward` and the gradients belong to neither value. Backward reads the tape and leaves it whole.
+
+    Attributes:
+        cell: name of the cell, a key of `gatewise.cells()`.
+        backend: the backend that ran ("cpu" or "reference").
+        y: [T, N, H] the hidden state after each step, in time order; 0 past a sequence's end.
+        hn, cn: [N, H] the state at the end of each sequence; `cn` is None for a cell without c.
+    """
+
+    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cell", "cn", "hn", "y")
+
+    def __init__(
+        self,
+        problem: _core.Problem,
+        backend: str,
+        inputs: tuple[Any, ...],
+        y: Array,
+        hn: Array,
+        cn: Array | None,
+        saved: Array | None,
+        states: Array | None,
+    ) -> None:
+        self._problem = problem
+        self._inputs = inputs  # for the reference; the problem holds them for the kernels
+        self.cell = problem.cell
+        self.backend = backend
+        self.y, self.hn, self.cn = y, hn, cn
+        self._saved, self._states = saved, states
+
+    def __repr__(self) -> str:
+        p = self._problem
+        return f"Tape({self.cell}:T{p.T},N{p.N},I{p.I},H{p.H}, backend={self.backend!r}, nbytes={self.nbytes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for the backward pass beyond the inputs and y."""
+        return sum(a.nbytes for a in (self._saved, self._states) if a is not None)
+
+    @property
+    def gates(self) -> Array:
+        """[T, N, G, H] the activated gates of every step (a copy); 0 past a sequence's end."""
+        saved, p = self._need_saved(), self._problem
+        if self.backend == "cpu":
+            saved = self._unpack(saved, p.S, 0)
+        return saved[:, :, : p.G].copy()
+
+    @property
+    def c(self) -> Array | None:
+        """[T, N, H] the cell state after every step, aligned with y (a copy); None for a cell without c."""
+        self._need_saved()
+        if self._states is None:
+            return None
+        if self.backend == "cpu":
+            return self._unpack(self._states, 1, self._problem.N)[:, :, 0].copy()
+        return self._states.copy()
+
+    def _unpack(self, buffer: Array, blocks: int, skip: int) -> Array:
+        """[panel][skip + packed row][block][lane], the kernels' layout (cpp/cpu/layer.hpp) -> [T, N, blocks, H]"""
+        p = self._problem
+        rows = np.empty(p.rows, np.int64)
+        p.write_rows(rows)
+        panels = -(-p.H // p.lanes)
+        out = np.zeros((p.T * p.N, blocks, panels * p.lanes), p.dtype)
+        packed = buffer.reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
+        out[rows] = packed.transpose(1, 2, 0, 3).reshape(p.rows, blocks, panels * p.lanes)
+        return out.reshape(p.T, p.N, blocks, -1)[..., : p.H]
+
+    def _need_saved(self) -> Array:
+        if self._saved is None:
+            raise ValueError("tape: this forward pass kept nothing for backward (training=False); run it with training=True")
+        return self._saved
+
+
+def forward(
+    cell: str,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    training: bool = True,
+) -> Tape:
+    """Runs a layer of any cell over a batch of sequences; `rnn`, `lstm` and `gru` are this with the cell named.
+
+    Args:
+        cell: a key of `gatewise.cells()`.
+        x: [T, N, I] float32 or float64, C-contiguous. Every other array has its dtype, none is cast or copied.
+        w_ih, w_hh: [G*H, I], [G*H, H] weights, gates in PyTorch's order.
+        b_ih, b_hh: [G*H] biases, each may be None for zeros.
+        h0, c0: [N, H] initial state, each may be None for zeros; `c0` only for a cell with c.
+        lengths: int64 [N], the valid steps of each sequence, 0 to T in any order; None means T for all. Outputs
+            past a sequence's end are 0, its final state is the one at its own end, and nothing past the end
+            influences anything.
+        reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state
+            after step 0.
+        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
+        num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
+        training: keep what `backward` needs.
+
+    Subnormal numbers count as zero inside the compiled kernels; the caller's floating-point mode is restored.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        MemoryError: the outputs, or what is kept for backward, do not fit into memory.
+    """
+    name = choose(backend)
+    threads, _ = choose_num_threads(num_threads)
+    p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+    if name == "reference":
+        from . import reference
+
+        inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, None if lengths is None else lengths.copy(), reverse)
+        y, hn, cn, saved, states = reference.forward(cell, *inputs)
+        return Tape(p, name, inputs, y, hn, cn, *((saved, states) if training else (None, None)))
+
+    state = (p.N, p.H)
+    y, hn = np.empty((p.T, *state), p.dtype), np.empty(state, p.dtype)
+    cn = np.empty(state, p.dtype) if p.has_c else None
+    saved_size, states_size, scratch_size, _ = p.sizes
+    saved = np.empty(saved_size, p.dtype) if training else None
+    states = np.empty(states_size, p.dtype) if training and p.has_c else None
+    _core.forward(p, y, hn, cn, saved, states, np.empty(scratch_size, np.uint8), threads)
+    return Tape(p, name, (), y, hn, cn, saved, states)
+
+
+def backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    dcn: Array | None = None,
+    *,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Back-propagates through the sequences of `tape`, which it leaves as it was.
+
+    Args:
+        tape: from `forward` or one of its named forms.
+        dy: [T, N, H] gradient of y; None for zeros. What stands past a sequence's end is not read.
+        dhn, dcn: [N, H] gradients of the final state; None for zeros; `dcn` only for a cell with c.
+        wanted: names of `Gradients`' fields; the others are None and not computed. None: all that the cell has.
+        num_threads: as in `forward`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    if not isinstance(tape, Tape):
+        raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
+    saved = tape._need_saved()
+    p = tape._problem
+    names = _wanted(wanted, p.has_c)
+    threads, _ = choose_num_threads(num_threads)
+    if tape.backend == "reference":
+        from . import reference
+
+        p.check_incoming(dy, dhn, dcn)
+        return Gradients(
+            **reference.backward(p.cell, *tape._inputs, tape.y, saved, tape._states, dy, dhn, dcn, names)
+        )
+
+    rows, state = p.G * p.H, (p.N, p.H)
+    shapes = {
+        "dx": (p.T, p.N, p.I), "dh0": state, "dc0": state,
+        "dw_ih": (rows, p.I), "dw_hh": (rows, p.H), "db_ih": (rows,), "db_hh": (rows,),
+    }  # fmt: skip
+    # The kernels add to weight gradients and overwrite the others.
+    out = Gradients(
+        **{name: (np.zeros if name[1] in "wb" else np.empty)(shapes[name], p.dtype) for name in names}
+    )
+    scratch = np.empty(p.sizes[3], np.uint8)
+    _core.backward(p, tape.y, saved, tape._states, dy, dhn, dcn, *out, scratch, threads)
+    return out
+
+
+def _wanted(wanted: Iterable[str] | None, has_c: bool) -> frozenset[str]:
+    known = frozenset(name for name in Gradients._fields if has_c or name != "dc0")
+    if wanted is None:
+        return known
+    names = frozenset([wanted] if isinstance(wanted, str) else wanted)
+    if unknown := names - known:
+        fields = ", ".join(name for name in Gradients._fields if name in known)
+        raise ValueError(f"wanted: expected names among {fields}; got {', '.join(sorted(map(repr, unknown)))}")
+    return names
+
+
+def lstm_forward(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Tape:
+    """Forward pass of an LSTM, kept for `lstm_backward`. Arguments as in `forward`; 4*H weight rows, gates i f g o."""
+    return forward(
+        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
+    )  # fmt: skip
+
+
+def gru_forward(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Tape:
+    """Forward pass of a GRU, kept for `gru_backward`. Arguments as in `forward`; 3*H weight rows, gates r z n."""
+    return forward(
+        "gru", x, w_ih, w_hh, b_ih, b_hh, h0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
+    )  # fmt: skip
+
+
+def rnn_forward(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    nonlinearity: Literal["tanh", "relu"] = "tanh",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Tape:
+    """Forward pass of a plain RNN, kept for `rnn_backward`. Arguments as in `forward`; H weight rows."""
+    return forward(
+        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
+    )  # fmt: skip
+
+
+def rnn_cell(nonlinearity: str) -> str:
+    """The cell's name for a plain RNN's nonlinearity."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu'; got {nonlinearity!r}")
+    return f"rnn_{nonlinearity}"
+
+
+def lstm_backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    dcn: Array | None = None,
+    *,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `lstm_forward`; arguments as in `backward`."""
+    return backward(_tape_of(tape, "lstm"), dy, dhn, dcn, wanted=wanted, num_threads=num_threads)
+
+
+def gru_backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    *,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `gru_forward`; arguments as in `backward`."""
+    return backward(_tape_of(tape, "gru"), dy, dhn, wanted=wanted, num_threads=num_threads)
+
+
+def rnn_backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    *,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `rnn_forward`; arguments as in `backward`."""
+    return backward(_tape_of(tape, "rnn"), dy, dhn, wanted=wanted, num_threads=num_threads)
+
+
+def _tape_of(tape: Tape, layer: str) -> Tape:
+    if isinstance(tape, Tape) and tape.cell.split("_")[0] != layer:
+        raise ValueError(f"tape: expected the tape of a {layer} forward pass; got that of cell {tape.cell!r}")
+    return tape
+
+
+def lstm(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """An LSTM without a tape: y [T, N, H], (hn, cn) [N, H] each. Arguments as in `forward`; gates i f g o."""
+    tape = forward(
+        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
+    )  # fmt: skip
+    assert tape.cn is not None
+    return tape.y, (tape.hn, tape.cn)
+
+
+def gru(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`; gates r z n."""
+    tape = forward(
+        "gru", x, w_ih, w_hh, b_ih, b_hh, h0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
+    )  # fmt: skip
+    return tape.y, tape.hn
+
+
+def rnn(
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    nonlinearity: Literal["tanh", "relu"] = "tanh",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`."""
+    tape = forward(
+        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0,
+        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
+    )  # fmt: skip
+    return tape.y, tape.hn
