@@ -167,8 +167,8 @@ template <> struct Coefficients<float> {
   static constexpr float ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // n * ln2_hi is exact
   static constexpr float exp_low = -104.0f, exp_high = 89.0f;              // past these: 0 and inf
   static constexpr float sigmoid_low = -87.0f, sigmoid_high = 88.0f, tanh_high = 20.0f;
-  // (e^r - 1 - r) / r^2 on |r| <= ln2 / 2, relative error of e^r - 1 below 2^-28
-  static constexpr float expm1[] = {0x1.6db61ap-10f, 0x1.123c78p-7f, 0x1.55545cp-5f, 0x1.55548ep-3f, 0x1p-1f};
+  // (e^r - 1 - r) / r^2 on |r| <= ln2 / 2, its constant term held at 1/2
+  static constexpr float expm1[] = {0x1.6d7c60p-10f, 0x1.123b22p-7f, 0x1.5554bep-5f, 0x1.555490p-3f, 0.5f};
   // (tanh(a) / a - 1) / a^2 as a polynomial in a^2 on a <= 0.5525
   static constexpr float tanh[] = {-0x1.9a801cp-8f, 0x1.592254p-6f, -0x1.b925d4p-5f, 0x1.110d1ap-3f, -0x1.55554ap-2f};
 };
@@ -180,9 +180,9 @@ template <> struct Coefficients<double> {
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double sigmoid_low = -708.0, sigmoid_high = 709.0, tanh_high = 44.0;
-  static constexpr double expm1[] = {0x1.af86b97345191p-26, 0x1.28b10ee499e1ep-22, 0x1.71dddf0cde1a6p-19,
-                                     0x1.a01995c345ba4p-16, 0x1.a01a01bb364a9p-13, 0x1.6c16c185f211bp-10,
-                                     0x1.111111110d548p-7,  0x1.555555554fee4p-5,  0x1.5555555555561p-3, 0x1p-1};
+  static constexpr double expm1[] = {0x1.af79e9481ae73p-26, 0x1.28a0d38b76466p-22, 0x1.71dde80fcb426p-19,
+                                     0x1.a019a9ed6a27ap-16, 0x1.a01a01b6a45c3p-13, 0x1.6c16c17d25178p-10,
+                                     0x1.111111110e4f2p-7,  0x1.55555555530e0p-5,  0x1.555555555555dp-3, 0.5};
   static constexpr double tanh[] = {-0x1.4585b6262c555p-16, 0x1.5cd9b7cf366a9p-14, -0x1.e93bcc70eb97cp-13,
                                     0x1.347ec688258f5p-11,  -0x1.7d8f4180d939cp-10, 0x1.d6d290c2e4b97p-9,
                                     -0x1.226e2ed35440dp-7,  0x1.664f48578ff85p-6,  -0x1.ba1ba1b975a8ep-5,
@@ -219,25 +219,27 @@ template <class T> GATEWISE_FN Vec<T> exp(Vec<T> x) {
   return (Vec<T>(1) + e.q) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
 }
 
-template <class T> GATEWISE_FN Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x), the sum rounded once
+template <class T> GATEWISE_FN Vec<T> absolute(Vec<T> x) { return Vec<T>::of(x.bits() & ~Vec<T>(T(-0.0)).bits()); }
+
+template <class T> GATEWISE_FN Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x)
   using C = Coefficients<T>;
   const SplitExp<T> e = split_exp(at_least(Vec<T>(C::sigmoid_low), at_most(Vec<T>(C::sigmoid_high), -x)));
-  const Vec<T> scale = power_of_two<T>(e.n);
-  return Vec<T>(1) / fma(scale, e.q, Vec<T>(1) + scale);
+  const Vec<T> one(1), scale = power_of_two<T>(e.n), sum = one + scale;
+  const Vec<T> lost = one - (sum - scale);  // what rounding took from the sum; matters where scale has no unit digit
+  return one / (sum + fma(scale, e.q, lost));
 }
 
 template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
   // Near 0 an odd polynomial, a + a^3 P(a^2); beyond, 1 - 2 / (e^2a + 1), whose error is halved by the subtraction.
   using C = Coefficients<T>;
-  const auto sign_bit = Vec<T>(T(-0.0)).bits();
-  const Vec<T> a = at_most(Vec<T>(C::tanh_high), Vec<T>::of(x.bits() & ~sign_bit));
+  const Vec<T> a = at_most(Vec<T>(C::tanh_high), absolute(x));
   const SplitExp<T> e = split_exp(a + a);
   const Vec<T> scale = power_of_two<T>(e.n);
   const Vec<T> far = Vec<T>(1) - Vec<T>(2) / fma(scale, e.q, Vec<T>(1) + scale);
   const Vec<T> z = a * a;
   const Vec<T> near = fma(a * z, polynomial(C::tanh, z), a);
   const Vec<T> y = select(a < Vec<T>(T(0.5525)), near, far);
-  return Vec<T>::of(y.bits() | (x.bits() & sign_bit));
+  return Vec<T>::of(y.bits() | (x.bits() & Vec<T>(T(-0.0)).bits()));
 }
 
 template <class T> GATEWISE_FN Vec<T> relu(Vec<T> x) { return at_least(Vec<T>(0), x); }
