@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -22,26 +24,26 @@ template <> struct Element<double> { static constexpr const char *name = "float6
 template <> struct Element<std::int64_t> { static constexpr const char *name = "int64", *formats = "lq"; };
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
 
-// A borrowed array: holding it keeps the memory where it is.
+// A borrowed array: holding it keeps the memory where it is. The view itself must not move either, for its shape
+// may point into it.
 class Array {
  public:
   Array() = default;
-  explicit Array(const Py_buffer& view) : view_(view), held_(true) {}
-  Array(Array&& other) noexcept : view_(other.view_), held_(std::exchange(other.held_, false)) {}
-  Array& operator=(Array&& other) noexcept { std::swap(view_, other.view_), std::swap(held_, other.held_); return *this; }
-  ~Array() { if (held_) PyBuffer_Release(&view_); }
+  explicit Array(std::unique_ptr<Py_buffer> view) : view_(view.release()) {}
 
-  template <class T> T* data() const { return held_ ? static_cast<T*>(view_.buf) : nullptr; }
-  py::ssize_t size(int axis) const { return view_.shape[axis]; }
+  template <class T> T* data() const { return view_ ? static_cast<T*>(view_->buf) : nullptr; }
+  py::ssize_t size(int axis) const { return view_->shape[axis]; }
   bool is(const char* formats) const {
-    const std::string format = view_.format ? view_.format : "B";
+    const std::string format = view_->format ? view_->format : "B";
     return format.size() == 1 && std::string(formats).find(format) != std::string::npos;
   }
-  const Py_buffer& view() const { return view_; }
+  const Py_buffer& view() const { return *view_; }
 
  private:
-  Py_buffer view_{};
-  bool held_ = false;
+  struct Release {
+    void operator()(Py_buffer* view) const { PyBuffer_Release(view), delete view; }
+  };
+  std::unique_ptr<Py_buffer, Release> view_;
 };
 
 inline std::string join(const Py_buffer& view) {
@@ -82,13 +84,16 @@ inline std::string describe_dtype(py::handle object, const Py_buffer& view) {
 
 // Opens the array without looking at its shape or type; `expected` is what an error will ask for.
 inline Array open(py::handle object, const char* name, const std::string& expected, bool writable) {
-  Py_buffer view;
   if (!PyObject_CheckBuffer(object.ptr())) fail(name, expected, describe_type(object));
-  if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+  if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
+    fail(name, expected, "a masked array, whose mask would be ignored");
+  auto opened = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(object.ptr(), opened.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
     PyErr_Clear();
     fail(name, expected, describe_type(object) + " that lends no buffer");
   }
-  Array array(view);
+  Array array(std::move(opened));
+  const Py_buffer& view = array.view();
   const bool contiguous = PyBuffer_IsContiguous(&view, 'C'),
              aligned = reinterpret_cast<std::uintptr_t>(view.buf) % std::uintptr_t(view.itemsize ? view.itemsize : 1) == 0;
   if (contiguous && aligned && !(writable && view.readonly)) return array;

@@ -12,13 +12,19 @@
 namespace gatewise::binding {
 namespace {
 
-const Kernels& find_cell(const ArchKernels& kernels, const std::string& name) {
+const Kernels& find_cell(const ArchKernels& kernels, py::handle cell) {
+  const std::string name = py::isinstance<py::str>(cell) ? cell.cast<std::string>() : "";
   std::string known;
   for (int i = 0; i < kernels.cell_count; ++i) {
     if (kernels.cells[i].info.name == name) return kernels.cells[i];
     known += std::string(i ? ", " : "") + kernels.cells[i].info.name;
   }
-  throw py::value_error("cell: expected one of " + known + "; got '" + name + "'");
+  throw py::value_error("cell: expected one of " + known + "; got " + py::repr(cell).cast<std::string>());
+}
+
+bool truth(py::handle value, const char* name) {
+  if (!PyBool_Check(value.ptr())) fail(name, "True or False", py::repr(value));
+  return value.ptr() == Py_True;
 }
 
 const Arch& find_arch(const std::string& name) {
@@ -40,9 +46,9 @@ class LayerProblem {
   bool is_double = false;
   Dims dims{};
 
-  LayerProblem(const std::string& cell, py::object x, py::object w_ih, py::object w_hh, py::object b_ih, py::object b_hh,
-               py::object h0, py::object c0, py::object lengths, bool reverse)
-      : arch(choose_arch()), kernels(find_cell(*arch.kernels, cell)), reverse_(reverse) {
+  LayerProblem(py::object cell, py::object x, py::object w_ih, py::object w_hh, py::object b_ih, py::object b_hh,
+               py::object h0, py::object c0, py::object lengths, py::object reverse)
+      : arch(choose_arch()), kernels(find_cell(*arch.kernels, cell)), reverse_(truth(reverse, "reverse")) {
     const std::string expected = "float32 or float64 (T, N, I), C-contiguous";
     Array first = open(x, "x", expected, false);
     is_double = first.is("d");
@@ -96,7 +102,7 @@ class LayerProblem {
     b_ih_ = borrow_optional<T>(b_ih, "b_ih", {rows});
     b_hh_ = borrow_optional<T>(b_hh, "b_hh", {rows});
     h0_ = borrow_optional<T>(h0, "h0", {batch, hidden});
-    if (!kernels.info.has_c && !c0.is_none()) fail("c0", std::string("None, for the ") + kernels.info.name + " cell has no c", describe_type(c0));
+    if (!kernels.info.has_c && !c0.is_none()) fail("c0", "None, for the cell has no c", describe_type(c0));
     c0_ = borrow_optional<T>(c0, "c0", {batch, hidden});
   }
 
@@ -130,10 +136,16 @@ Array borrow_scratch(py::handle o, std::size_t bytes) {
   return borrow<std::uint8_t>(o, "scratch", {{"bytes", py::ssize_t(bytes)}}, true);
 }
 
-// What must be there for a cell with c must not be for one without.
-void require(const Array& array, const char* name, bool needed, const LayerProblem& p) {
-  if ((array.data<void>() != nullptr) != needed)
-    fail(name, needed ? "an array" : std::string("None, for the ") + p.kernels.info.name + " cell has no c", needed ? "None" : "an array");
+// Arrays that must be there, or must not: those of c depend on the cell, those of the tape on whether one is kept.
+void require(py::handle array, const char* name, bool needed, const char* reason) {
+  if (array.is_none() == needed)
+    fail(name, needed ? "an array" : std::string("None, for ") + reason, needed ? "None" : describe_type(array));
+}
+constexpr const char *kNoC = "the cell has no c", *kNoTape = "no tape is kept";
+
+int check_threads(int threads) {
+  if (threads < 1) fail("threads", "at least 1", std::to_string(threads));
+  return threads;
 }
 
 template <class T>
@@ -145,10 +157,10 @@ void run_forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle 
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
               cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", sizes.saved, true),
               states_ = s.buffer(states, "states", sizes.states, true), scratch_ = borrow_scratch(scratch, sizes.forward_scratch);
-  require(cn_, "cn", has_c, p);
-  require(states_, "states", has_c && keeps, p);
+  require(cn, "cn", has_c, kNoC);
+  require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
   const Forward<T> call{p.problem<T>(), y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(), states_.data<T>(),
-                        scratch_.data<void>(), threads};
+                        scratch_.data<void>(), check_threads(threads)};
   const py::gil_scoped_release release;
   p.cell<T>().forward(call);
 }
@@ -167,13 +179,13 @@ void run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::han
               dc0_ = s.out(dc0, "dc0", {s.N_, s.H_}), dw_ih_ = s.out(dw_ih, "dw_ih", {s.G_, s.I_}),
               dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.H_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
               db_hh_ = s.out(db_hh, "db_hh", {s.G_}), scratch_ = borrow_scratch(scratch, sizes.backward_scratch);
-  require(saved_, "saved", true, p);
-  require(states_, "states", has_c, p);
-  if (!has_c) require(dcn_, "dcn", false, p), require(dc0_, "dc0", false, p);
+  require(saved, "saved", true, kNoTape);
+  require(states, "states", has_c, kNoC);
+  if (!has_c) require(dcn, "dcn", false, kNoC), require(dc0, "dc0", false, kNoC);
   const Backward<T> call{p.problem<T>(),      y_.data<const T>(),   saved_.data<const T>(), states_.data<const T>(),
                          dy_.data<const T>(), dhn_.data<const T>(), dcn_.data<const T>(),   dx_.data<T>(),
                          dh0_.data<T>(),      dc0_.data<T>(),       dw_ih_.data<T>(),       dw_hh_.data<T>(),
-                         db_ih_.data<T>(),    db_hh_.data<T>(),     scratch_.data<void>(),  threads};
+                         db_ih_.data<T>(),    db_hh_.data<T>(),     scratch_.data<void>(),  check_threads(threads)};
   const py::gil_scoped_release release;
   p.cell<T>().backward(call);
 }
@@ -182,8 +194,8 @@ void run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::han
 template <class T> void check_incoming(const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {
   const Shapes<T> s{p};
   s.in(dy, "dy", {s.T_, s.N_, s.H_}), s.in(dhn, "dhn", {s.N_, s.H_});
-  const Array dcn_ = s.in(dcn, "dcn", {s.N_, s.H_});
-  if (!p.kernels.info.has_c) require(dcn_, "dcn", false, p);
+  s.in(dcn, "dcn", {s.N_, s.H_});
+  if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
 }
 
 template <class T> void run_map(const Functions<T>& functions, const std::string& name, py::handle x, py::handle y) {
@@ -231,8 +243,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
 
   py::class_<LayerProblem>(m, "Problem")
-      .def(py::init<const std::string&, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
-                    py::object, bool>(),
+      .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
+                    py::object>(),
            py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("h0"),
            py::arg("c0"), py::arg("lengths"), py::arg("reverse"))
       .def_property_readonly("cell", [](const LayerProblem& p) { return p.kernels.info.name; })

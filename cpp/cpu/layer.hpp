@@ -9,7 +9,7 @@
 // Buffers of the layer's own, W lanes to a register, P = ceil(H / W) panels, R packed rows (rows.hpp):
 //   saved  [P][R][S][W]      states [P][N + R][W], c0 in the first N rows      (the tape)
 //   gx     [P][chunk][G][W]  dgates [P][chunk][D][W]                           (scratch)
-// Lanes past H hold finite junk: their weights are zero, so it never reaches a lane before H.
+// Lanes past H hold junk, NaN where x is infinite; only dgates are summed over, and there those lanes are 0.
 #pragma once
 #include "gatewise/cells.hpp"
 #include "threads.hpp"
@@ -345,8 +345,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     before.h.store(carry_h + carry);
     if (Cell::has_c) before.c.store(carry_c + carry);
     T* out = gates + gate_row(p, row - chunk);
-    GATEWISE_UNROLL for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * W);
-    if (Cell::split) dgh[G - 1].store(out + G * W);
+    const auto put = [lanes](V block, T* to) {
+      if (lanes < W) V(0).store(to);
+      block.store(to, lanes);
+    };
+    GATEWISE_UNROLL for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
+    if (Cell::split) put(dgh[G - 1], out + G * W);
   }
 
   // Copies the chunk's rows of x, or of the state before each step, into the order in which their tiles read them

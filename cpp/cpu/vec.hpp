@@ -68,6 +68,7 @@ template <class T> GATEWISE_FN Vec<T> operator*(Vec<T> a, Vec<T> b) { return Vec
 template <class T> GATEWISE_FN Vec<T> operator/(Vec<T> a, Vec<T> b) { return Vec<T>::of(a.native / b.native); }
 template <class T> GATEWISE_FN Vec<T> operator-(Vec<T> a) { return Vec<T>::of(-a.native); }
 template <class T> GATEWISE_FN auto operator<(Vec<T> a, Vec<T> b) { return a.native < b.native; }
+template <class T> GATEWISE_FN auto operator<=(Vec<T> a, Vec<T> b) { return a.native <= b.native; }
 template <class T, class M> GATEWISE_FN Vec<T> select(M mask, Vec<T> yes, Vec<T> no) {
   return Vec<T>::of(mask ? yes.native : no.native);
 }
@@ -243,7 +244,7 @@ template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
 }
 
 template <class T> GATEWISE_FN Vec<T> relu(Vec<T> x) { return at_least(Vec<T>(0), x); }
-template <class T> GATEWISE_FN Vec<T> d_relu(Vec<T> y) { return select(Vec<T>(0) < y, Vec<T>(1), Vec<T>(0)); }
+template <class T> GATEWISE_FN Vec<T> d_relu(Vec<T> y) { return select(y <= Vec<T>(0), Vec<T>(0), Vec<T>(1)); }
 
 // Subnormal gradients cost a hundred times a normal one, and recurrent gradients do decay that far. While this
 // object lives, its thread reads and writes subnormals as zero; then the caller's mode is back.

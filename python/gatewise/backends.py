@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 import os
 
 from . import _core
@@ -62,6 +63,10 @@ def choose_num_threads(num_threads: int | None) -> tuple[int, str]:
 
 
 def _threads_from(source: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value.__index__() <= MOST_THREADS:
+    try:
+        threads = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        threads = 0
+    if not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"{source}: expected a whole number from 1 to {MOST_THREADS}; got {value!r}")
-    return int(value.__index__())
+    return threads

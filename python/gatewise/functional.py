@@ -79,7 +79,8 @@ class Tape:
         saved, p = self._need_saved(), self._problem
         if self.backend == "cpu":
             saved = self._unpack(saved, p.S, 0)
-        return saved[:, :, : p.G].copy()
+        gates: Array = saved[:, :, : p.G].copy()
+        return gates
 
     @property
     def c(self) -> Array | None:
@@ -87,9 +88,10 @@ class Tape:
         self._need_saved()
         if self._states is None:
             return None
+        states = self._states
         if self.backend == "cpu":
-            return self._unpack(self._states, 1, self._problem.N)[:, :, 0].copy()
-        return self._states.copy()
+            states = self._unpack(states, 1, self._problem.N)[:, :, 0]
+        return np.array(states)
 
     def _unpack(self, buffer: Array, blocks: int, skip: int) -> Array:
         """[panel][skip + packed row][block][lane], the kernels' layout (cpp/cpu/layer.hpp) -> [T, N, blocks, H]"""
@@ -100,7 +102,8 @@ class Tape:
         out = np.zeros((p.T * p.N, blocks, panels * p.lanes), p.dtype)
         packed = buffer.reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
         out[rows] = packed.transpose(1, 2, 0, 3).reshape(p.rows, blocks, panels * p.lanes)
-        return out.reshape(p.T, p.N, blocks, -1)[..., : p.H]
+        unpacked: Array = out.reshape(p.T, p.N, blocks, panels * p.lanes)[..., : p.H]
+        return unpacked
 
     def _need_saved(self) -> Array:
         if self._saved is None:
@@ -220,11 +223,11 @@ def _wanted(wanted: Iterable[str] | None, has_c: bool) -> frozenset[str]:
     known = frozenset(name for name in Gradients._fields if has_c or name != "dc0")
     if wanted is None:
         return known
-    names = frozenset([wanted] if isinstance(wanted, str) else wanted)
-    if unknown := names - known:
+    names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if unknown := [repr(name) for name in names if name not in [*known]]:
         fields = ", ".join(name for name in Gradients._fields if name in known)
-        raise ValueError(f"wanted: expected names among {fields}; got {', '.join(sorted(map(repr, unknown)))}")
-    return names
+        raise ValueError(f"wanted: expected names among {fields}; got {', '.join(unknown)}")
+    return frozenset(names)
 
 
 def lstm_forward(

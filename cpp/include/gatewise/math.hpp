@@ -19,7 +19,7 @@ GATEWISE_FN double relu(double x) { return x < 0.0 ? 0.0 : x; }
 // Derivatives in terms of the function's own output y.
 template <class V> GATEWISE_FN V d_tanh(V y) { return V(1) - y * y; }
 template <class V> GATEWISE_FN V d_sigmoid(V y) { return y * (V(1) - y); }
-GATEWISE_FN float d_relu(float y) { return y > 0.0f ? 1.0f : 0.0f; }
-GATEWISE_FN double d_relu(double y) { return y > 0.0 ? 1.0 : 0.0; }
+GATEWISE_FN float d_relu(float y) { return y <= 0.0f ? 0.0f : 1.0f; }  // a NaN's gradient is not hidden
+GATEWISE_FN double d_relu(double y) { return y <= 0.0 ? 0.0 : 1.0; }
 
 }}  // namespace gatewise::GATEWISE_ARCH

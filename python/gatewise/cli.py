@@ -1,0 +1,178 @@
+"""The command line: `gatewise info | check | demo`. It parses and prints; the work is done elsewhere.
+
+Exit codes: 0 well, 1 a check missed, 2 the user's mistake (one sentence on stderr), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from math import isfinite
+from typing import Any
+
+from . import __version__, _core
+from .backends import available_cores, backends, choose, choose_num_threads
+
+EXTRAS = {  # package: the extra that installs it
+    "numba": "reference",
+    "scikit-learn": "train",
+    "tqdm": "train",
+    "matplotlib": "demo",
+    "safetensors": "io",
+    "torch": "torch",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (default: the process's) and return its exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except (
+        BrokenPipeError
+    ):  # the reader (head, less) has seen enough; point stdout elsewhere for the last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"gatewise {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gatewise", description="Fast recurrent layers: RNN, LSTM, GRU.")
+    parser.add_argument("--version", action="version", version=f"gatewise {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="info | check | demo", required=True)
+
+    info = commands.add_parser("info", help="what this installation can do here, and why not more")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="the correctness matrix: cell x backend x dtype x option")
+    check.add_argument("--quick", action="store_true", help="fewer options of each cell")
+    check.add_argument("--cell", action="append", metavar="NAME", help="only this cell (may be repeated)")
+    check.add_argument("--backend", metavar="NAME", help="only this backend")
+    check.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    check.set_defaults(run=_check)
+
+    demo = commands.add_parser("demo", help="predict sepsis from hourly intensive-care records")
+    demo.add_argument(
+        "--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)"
+    )
+    demo.add_argument("--report", metavar="DIR", help="where the tables and pictures go")
+    demo.add_argument("--seed", type=int, metavar="N")
+    demo.add_argument("--epochs", type=int, metavar="N")
+    demo.add_argument("--hidden-size", type=int, metavar="H")
+    demo.add_argument("--patients", type=int, metavar="N", help="how many patients to use")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+# ---- check -------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    from . import check
+
+    places = check.runnable(options.backend)
+    matrix = check.matrix(options.cell, places, check.QUICK if options.quick else None)
+    truth = check.truth_backend()[0]
+    show: Callable[[str], None] = _silent if options.json else print
+    start = time.perf_counter()
+    show(f"gatewise {__version__}: relative errors against the {truth} backend in float64\n")
+    if truth != "reference":
+        show(f"reference: {backends()['reference']}; only `slope` tests the mathematics itself\n")
+    show(check.Row.HEADER)
+    rows = []
+    for row in matrix:
+        show(str(row))
+        rows.append(row)
+    functions = []
+    archs = [arch for _, arch in places if arch]
+    show(f"\n{check.FunctionRow.HEADER}" if archs else "")
+    for found in check.functions(archs):
+        show(str(found))
+        functions.append(found)
+    count = len(rows) + len(functions)
+    passed = sum(row.ok for row in rows) + sum(row.ok for row in functions)
+    show(f"\n{passed} of {count} checks passed in {time.perf_counter() - start:.0f} s")
+    if options.json:
+        document = {"gatewise": __version__, "truth": truth, "ok": passed == count}
+        tables = {"matrix": [_plain(row) for row in rows], "functions": [_plain(row) for row in functions]}
+        print(json.dumps({**document, **tables}, indent=1, allow_nan=False))
+    return 0 if passed == count else 1
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A row for JSON, which has no NaN and no infinity: they become words."""
+    fields = {**asdict(row), "ok": row.ok}
+    return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in fields.items()}
+
+
+# ---- demo --------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import sepsis
+
+    names = ("data", "report", "seed", "epochs", "hidden_size", "patients")
+    sepsis.demo(**{name: value for name in names if (value := getattr(options, name)) is not None})
+    return 0
+
+
+# ---- info --------------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    def show(name: str, value: str) -> None:
+        print(f"{name:<12}  {value}")
+
+    show("gatewise", __version__)
+    show("python", f"{platform.python_version()} ({platform.python_implementation()})")
+    show("numpy", metadata.version("numpy"))
+    show("platform", platform.platform())
+    show("cpu", f"{_cpu_model()}, {available_cores()} of {os.cpu_count()} cores usable")
+    show("archs", ", ".join(name + ("" if runs else " (not on this CPU)") for name, runs in _core.archs))
+    for package, extra in EXTRAS.items():
+        show(package, _version(package, extra))
+    # What the environment decides comes last: a name in it that does not exist ends the list.
+    source = "GATEWISE_ARCH" if os.environ.get("GATEWISE_ARCH") else "the best here"
+    show("arch", f"{_core.choose_arch()} ({source})")
+    threads, source = choose_num_threads(None)
+    show("threads", f"{threads} ({source})")
+    source = "GATEWISE_BACKEND" if os.environ.get("GATEWISE_BACKEND") else "the default"
+    show("backend", f"{choose(None)} ({source})")
+    for name, state in backends().items():
+        show(f"  {name}", state)
+    return 0
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str, extra: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f'not installed: pip install "gatewise[{extra}]"'

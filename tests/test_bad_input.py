@@ -1,0 +1,614 @@
+"""Every bad input is one sentence: which argument, what was expected, what came.
+
+Nothing of the caller's is touched. The sentences are the same for every backend: one door checks them all.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import gatewise as gw
+from gatewise import _core, functional
+
+T, N, I, H = 4, 3, 5, 6  # noqa: E741
+CALLS = {"rnn_tanh": gw.rnn, "lstm": gw.lstm, "gru": gw.gru}
+GATES = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
+
+
+def arguments(cell="lstm", dtype=np.float32):
+    rng = np.random.default_rng(3)
+    rows = GATES[cell] * H
+    shapes = {
+        "x": (T, N, I),
+        "w_ih": (rows, I),
+        "w_hh": (rows, H),
+        "b_ih": (rows,),
+        "b_hh": (rows,),
+        "h0": (N, H),
+    }
+    if cell == "lstm":
+        shapes["c0"] = (N, H)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def incoming(cell="lstm", dtype=np.float32):
+    rng = np.random.default_rng(4)
+    shapes = {"dy": (T, N, H), "dhn": (N, H)}
+    if cell == "lstm":
+        shapes["dcn"] = (N, H)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def bits(arrays):
+    return {name: a.tobytes() if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
+
+
+def refused(call, kwargs, *words, error=ValueError):
+    """The call fails with one sentence that has all the words (regular expressions); its arguments stay."""
+    before = bits(kwargs)
+    with pytest.raises(error) as caught:
+        call(**kwargs)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "incompatible function arguments" not in sentence
+    for word in words:
+        assert re.search(word, sentence), f"{word!r} is not in: {sentence}"
+    assert bits(kwargs) == before
+    return sentence
+
+
+@pytest.fixture(params=CALLS)
+def cell(request):
+    return request.param
+
+
+NAMES = ["x", "w_ih", "w_hh", "b_ih", "b_hh", "h0"]
+SYMBOLS = {
+    "x": r"\(T, N, I\)", "w_ih": r"\(4\*H, I\)", "w_hh": r"\(4\*H, H\)",
+    "b_ih": r"\(4\*H,?\)", "b_hh": r"\(4\*H,?\)", "h0": r"\(N, H\)", "c0": r"\(N, H\)",
+    "dy": r"\(T, N, H\)", "dhn": r"\(N, H\)", "dcn": r"\(N, H\)",
+}  # fmt: skip
+
+
+# ---- arrays: dtype, shape, layout, kind --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["f8", "f2", "i4", "i8", "c8", ">f4", "?", "O"])
+def test_one_array_of_another_dtype(cell, name, dtype):
+    kwargs = arguments(cell)
+    kwargs[name] = kwargs[name].astype(dtype)
+    wrong = {"f8": "float64", "f2": "float16", "i4": "int32", "i8": "int64", "c8": "complex64", ">f4": ">f4",
+             "?": "bool", "O": "object"}[dtype]  # fmt: skip
+    if name == "x" and dtype == "f8":  # x sets the dtype, so the first of the others is the odd one
+        refused(CALLS[cell], kwargs, "^w_hh: expected float64 ", "got float32 ")
+    else:
+        refused(CALLS[cell], kwargs, f"^{name}: expected float32 ", f"got {wrong}")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "c0"])
+def test_a_wrong_shape_is_answered_with_letters_and_numbers(name):
+    for change in (
+        lambda a: a[:-1].copy(),
+        lambda a: a[None],
+        lambda a: a[..., :-1].copy(),
+        lambda a: a.ravel()[:1][0],
+    ):
+        kwargs = arguments()
+        right, wrong = kwargs[name].shape, change(kwargs[name])
+        if name == "x" and wrong.ndim == 3:
+            continue  # x itself says what T, N and I are: then another array is the odd one
+        if name in ("w_ih", "w_hh") and wrong.ndim == 2:
+            continue  # as does w_hh for H; see below
+        kwargs[name] = wrong
+        numbers = re.escape(", ".join(map(str, right)))
+        got = re.escape(", ".join(map(str, wrong.shape)))
+        if name == "x":
+            refused(gw.lstm, kwargs, r"^x: expected .*\(T, N, I\)", rf"got .*\({got}\)")
+        else:
+            words = [SYMBOLS[name], rf"got .*\({got},?\)"]
+            if name != "w_hh":  # H itself comes from w_hh
+                words.append(rf"= \({numbers},?\)")
+            refused(gw.lstm, kwargs, rf"^{name}: expected ", *words)
+
+
+def test_weights_that_do_not_belong_together(cell):
+    G, call = GATES[cell], CALLS[cell]
+    good = arguments(cell)
+    wide = np.zeros((G * H, I + 1), np.float32)
+    refused(
+        call, {**good, "w_ih": wide}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H}, {I + 1}\)"
+    )
+    short = np.zeros((G * H - 1, I), np.float32)
+    refused(
+        call, {**good, "w_ih": short}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H - 1}, {I}\)"
+    )
+    refused(call, {**good, "x": good["x"][:, :, :-1].copy()}, "^w_ih: expected", rf"\({G * H}, {I - 1}\)")
+    square = np.zeros((G * H + 1, H), np.float32)
+    refused(call, {**good, "w_hh": square}, "^w_hh: expected", r"H\)", rf"got .*\({G * H + 1}, {H}\)")
+    if G > 1:  # the weights of an RNN are no LSTM's
+        refused(
+            call, {**good, "w_hh": np.zeros((H, H), np.float32)}, "^w_hh: expected", rf"got .*\({H}, {H}\)"
+        )
+
+
+LAYOUTS = {
+    "every other row of a larger array": lambda a: np.repeat(a, 2, axis=0)[::2],
+    "every other column": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "Fortran order": np.asfortranarray,
+    "reversed": lambda a: a[::-1],
+    "transposed": lambda a: a.T.copy().T,
+    "broadcast": lambda a: np.broadcast_to(a[:1], a.shape),
+}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "c0"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_array_that_is_not_contiguous(name, layout):
+    kwargs = arguments()
+    kwargs[name] = LAYOUTS[layout](kwargs[name])
+    if kwargs[name].flags.c_contiguous:
+        assert kwargs[name].ndim == 1  # a vector is in C and in Fortran order
+        return
+    refused(gw.lstm, kwargs, f"^{name}: expected float32 ", "C-contiguous", "got .*(strided|contiguous)")
+
+
+class OnTheGpu:
+    """What CuPy's and Numba's device arrays look like from outside."""
+
+    def __init__(self, shape):
+        self.shape, self.dtype, self.ndim = shape, np.dtype(np.float32), len(shape)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<f4", "data": (0, False), "version": 3}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "c0"])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda a: a.tolist(), "list"),
+        (lambda a: tuple(a), "tuple"),
+        (lambda a: object(), "object"),
+        (lambda a: "weights", "str"),
+        (lambda a: 1.0, "float"),
+        (lambda a: SimpleNamespace(shape=a.shape, dtype=a.dtype, ndim=a.ndim), "SimpleNamespace"),
+        (lambda a: OnTheGpu(a.shape), "OnTheGpu"),
+    ],
+)
+def test_something_that_is_no_array(cell, name, make, kind):
+    kwargs = arguments(cell)
+    if name not in kwargs:
+        return
+    kwargs[name] = make(kwargs[name])
+    refused(
+        CALLS[cell], kwargs, f"^{name}: expected float32 ", f"got .*{kind}", error=(ValueError, TypeError)
+    )
+
+
+@pytest.mark.parametrize("name", ["x", "w_ih", "w_hh"])
+def test_none_where_an_array_must_be(cell, name):
+    refused(
+        CALLS[cell],
+        {**arguments(cell), name: None},
+        f"^{name}: expected float32 ",
+        "got .*None",
+        error=(ValueError, TypeError),
+    )
+
+
+def test_an_array_on_a_device_is_called_that():
+    kwargs = arguments()
+    kwargs["w_ih"] = OnTheGpu(kwargs["w_ih"].shape)
+    refused(gw.lstm, kwargs, "^w_ih: expected", "got .*(GPU|CUDA|cuda|device)", error=(ValueError, TypeError))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_torch_tensor_is_not_taken_for_an_array(name):
+    torch = pytest.importorskip("torch")
+    kwargs = arguments()
+    kwargs[name] = torch.from_numpy(kwargs[name])
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected float32 .*; got .*Tensor"):
+        gw.lstm(**kwargs)
+
+
+def test_biases_are_independent(cell):
+    """b_ih without b_hh and the other way round is no mistake: each may be left out."""
+    kwargs = arguments(cell)
+    zero = np.zeros_like(kwargs["b_ih"])
+    for name in ("b_ih", "b_hh"):
+        left_out = CALLS[cell](**{**kwargs, name: None})[0]
+        assert np.array_equal(left_out, CALLS[cell](**{**kwargs, name: zero})[0])
+
+
+def test_a_cell_state_for_a_cell_without_one():
+    for call in (gw.gru, gw.rnn):
+        name = "gru" if call is gw.gru else "rnn_tanh"
+        kwargs = {**arguments(name), "c0": np.zeros((N, H), np.float32)}
+        with pytest.raises(TypeError, match="'c0'"):
+            call(**kwargs)
+        with pytest.raises((ValueError, TypeError), match=r"^c0: expected None.*; got "):
+            functional.forward(name, **kwargs)
+
+
+# ---- lengths -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lengths, words",
+    [
+        (np.array([1.0, 2.0, 3.0]), ["int64", "got float64"]),
+        (np.array([1.0, np.nan, 3.0]), ["int64", "got float64"]),
+        (np.array([1, 2, 3], np.int32), ["int64", "got int32"]),
+        (np.array([1, 2, 3], np.uint64), ["int64", "got uint64"]),
+        (np.array([True, False, True]), ["int64", "got bool"]),
+        (np.array([1, 2, 3]).astype(">i8"), ["int64", "got >i8"]),
+        (np.array([1, 2]), [r"\(N,?\)", r"\(3,?\)", r"got .*\(2,?\)"]),
+        (np.array([[1, 2, 3]]), [r"\(N,?\)", r"got .*\(1, 3\)"]),
+        (np.array(2), [r"\(N,?\)", "got "]),
+        (np.array([1, 0, 2, 0, 3, 0])[::2], ["contiguous"]),
+        ([1, 2, 3], ["int64", "got .*list"]),
+        (3, ["int64", "got .*int"]),
+        (np.array([1, -1, 3]), ["0", rf"{T}", "got -1 for sequence 1"]),
+        (np.array([1, 2, T + 1]), ["0", rf"{T}", rf"got {T + 1} for sequence 2"]),
+        (np.array([1, 2, np.iinfo(np.int64).max]), ["0", rf"{T}", "got .*9223372036854775807"]),
+        (np.array([np.iinfo(np.int64).min, 2, 3]), ["0", rf"{T}", "got .*-9223372036854775808"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_lengths(lengths, words, backend):
+    if backend == "reference":
+        pytest.importorskip("numba")
+    kwargs = {**arguments(), "lengths": lengths, "backend": backend}
+    refused(gw.lstm, kwargs, "^lengths: expected", *words, error=(ValueError, TypeError))
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
+
+
+def test_no_hidden_units(cell):
+    G = GATES[cell]
+    kwargs = {
+        "x": np.zeros((T, N, I), np.float32),
+        "w_ih": np.zeros((0, I), np.float32),
+        "w_hh": np.zeros((0, 0), np.float32),
+    }
+    sentence = refused(CALLS[cell], kwargs, "^w_hh: expected", "got ")
+    assert G and ("H" in sentence)
+
+
+def test_no_inputs(cell):
+    kwargs = arguments(cell)
+    kwargs["x"] = np.zeros((T, N, 0), np.float32)
+    kwargs["w_ih"] = np.zeros((GATES[cell] * H, 0), np.float32)
+    refused(CALLS[cell], kwargs, "^x: expected", "I", "got ")
+
+
+def test_no_steps_and_no_sequences_are_fine(cell):
+    kwargs = arguments(cell)
+    y, state = CALLS[cell](**{**kwargs, "x": np.zeros((0, N, I), np.float32)})
+    hn = state[0] if cell == "lstm" else state
+    assert y.shape == (0, N, H) and np.array_equal(hn, kwargs["h0"])
+    for name in ("h0", "c0"):
+        if name in kwargs:
+            kwargs[name] = np.zeros((0, H), np.float32)
+    assert CALLS[cell](**{**kwargs, "x": np.zeros((T, 0, I), np.float32)})[0].shape == (T, 0, H)
+
+
+@pytest.mark.parametrize("shape", [(0, N, I), (T, 0, I)], ids=["no steps", "no sequences"])
+def test_a_tape_of_nothing_can_be_looked_into(cell, shape):
+    kwargs = {name: array for name, array in arguments(cell).items() if name not in ("h0", "c0")}
+    tape = functional.forward(cell, **{**kwargs, "x": np.zeros(shape, np.float32)})
+    assert tape.gates.shape == (*shape[:2], GATES[cell], H)
+    assert (tape.c is None) if cell != "lstm" else tape.c.shape == (*shape[:2], H)
+    grads = functional.backward(tape, np.zeros((*shape[:2], H), np.float32))
+    assert not grads.dw_hh.any() and grads.dx.shape == shape
+
+
+# 2^46 of anything: more bytes than a 64-bit process can address, whatever the machine has and promises.
+
+
+@pytest.mark.parametrize("shape", [(2**46, 0, 1), (0, 2**46, 1)], ids=["steps", "sequences"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_absurd_call_is_a_memory_error(cell, shape, training):
+    """x has no element, so it exists; what the call would need does not fit, and nothing crashes."""
+    G = GATES[cell]
+    weights = {"w_ih": np.zeros((G, 1), np.float32), "w_hh": np.zeros((G, 1), np.float32)}
+    with pytest.raises(MemoryError):
+        functional.forward(cell, np.empty(shape, np.float32), **weights, training=training)
+
+
+@pytest.mark.parametrize("sizes", [(2**24, 2**24), (1, 2**45), (2**62, 1)])
+def test_an_absurd_layer_is_a_memory_error(sizes):
+    with pytest.raises((MemoryError, ValueError), match=r"allocate|size|large"):
+        gw.LSTM(*sizes)
+
+
+# ---- names and numbers -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_lists_the_known_ones(monkeypatch):
+    refused(gw.lstm, {**arguments(), "backend": "gpu"}, "^backend: expected", "cpu", "reference", "got 'gpu'")
+    monkeypatch.setenv("GATEWISE_BACKEND", "fpga")
+    refused(gw.lstm, arguments(), "^GATEWISE_BACKEND: expected", "cpu", "reference", "got 'fpga'")
+    assert gw.lstm(**arguments(), backend="cpu")[0].shape == (
+        T,
+        N,
+        H,
+    )  # the argument comes before the environment
+
+
+def test_a_backend_that_is_not_a_name():
+    refused(
+        gw.lstm, {**arguments(), "backend": 3}, "^backend: expected", "got 3", error=(ValueError, TypeError)
+    )
+
+
+def test_an_unknown_arch_lists_the_known_ones(monkeypatch):
+    monkeypatch.setenv("GATEWISE_ARCH", "z80")
+    refused(gw.lstm, arguments(), "^GATEWISE_ARCH: expected", "generic", "got 'z80'")
+
+
+def test_an_unknown_nonlinearity():
+    kwargs = {**arguments("rnn_tanh"), "nonlinearity": "sin"}
+    refused(gw.rnn, kwargs, "^nonlinearity: expected", "tanh", "relu", "got 'sin'")
+
+
+def test_an_unknown_cell():
+    refused(
+        functional.forward,
+        {"cell": "mgu", **arguments()},
+        "^cell: expected",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "got 'mgu'",
+    )
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2**40, "2", 2.0, True, np.nan])
+def test_num_threads(threads):
+    kwargs = {**arguments(), "num_threads": threads}
+    refused(
+        gw.lstm,
+        kwargs,
+        "^num_threads: expected",
+        "got .*" + re.escape(repr(threads)),
+        error=(ValueError, TypeError),
+    )
+
+
+def test_a_numpy_integer_is_a_number_of_threads():
+    assert gw.lstm(**arguments(), num_threads=np.int64(2))[0].shape == (T, N, H)
+
+
+@pytest.mark.parametrize("value", ["garbage", "0", "-1", "2.5", "99999999999999999999", "1 2", "two"])
+def test_the_environments_number_of_threads(monkeypatch, value):
+    monkeypatch.setenv("GATEWISE_NUM_THREADS", value)
+    refused(gw.lstm, arguments(), "^GATEWISE_NUM_THREADS: expected", f"got '?{value}'?$")
+
+
+def test_words_where_a_truth_value_or_a_name_must_be():
+    refused(
+        gw.lstm,
+        {**arguments(), "reverse": "no"},
+        "^reverse: expected",
+        "got 'no'",
+        error=(ValueError, TypeError),
+    )
+    for cell in (3, None):
+        kwargs = {"cell": cell, **arguments()}
+        refused(functional.forward, kwargs, "^cell: expected", f"got {cell}", error=(ValueError, TypeError))
+
+
+def test_bytes_are_described_without_reading_past_them():
+    sentence = refused(gw.lstm, {**arguments(), "x": b"123"}, "^x: expected float32 ", "got ")
+    assert sentence.endswith("(3,)")
+
+
+def test_reverse_and_training_are_keywords():
+    kwargs = arguments()
+    with pytest.raises(TypeError):
+        gw.lstm(*kwargs.values(), None, True)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+def taped(cell="lstm", **options):
+    return functional.forward(cell, **arguments(cell), **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["dy", "dhn", "dcn"])
+def test_gradients_coming_in(name, backend):
+    if backend == "reference":
+        pytest.importorskip("numba")
+    tape = taped(backend=backend)
+    good = incoming()
+    right = good[name]
+
+    def call(**kwargs):
+        return gw.lstm_backward(tape, **kwargs)
+
+    numbers = re.escape(", ".join(map(str, right.shape)))
+    refused(call, {**good, name: right.astype(np.float64)}, f"^{name}: expected float32 ", "got float64")
+    refused(call, {**good, name: right[:-1].copy()}, f"^{name}: expected ", SYMBOLS[name], numbers, "got ")
+    refused(call, {**good, name: right[..., None]}, f"^{name}: expected ", SYMBOLS[name], "got ")
+    refused(call, {**good, name: right[::-1]}, f"^{name}: expected ", "C-contiguous", "got ")
+    refused(call, {**good, name: np.asfortranarray(right)}, f"^{name}: expected ", "C-contiguous", "got ")
+    refused(
+        call,
+        {**good, name: right.tolist()},
+        f"^{name}: expected ",
+        "got .*list",
+        error=(ValueError, TypeError),
+    )
+    refused(
+        call,
+        {**good, name: OnTheGpu(right.shape)},
+        f"^{name}: expected ",
+        "got ",
+        error=(ValueError, TypeError),
+    )
+
+
+def test_a_gradient_of_a_cell_state_for_a_cell_without_one():
+    tape = taped("gru")
+    dcn = np.zeros((N, H), np.float32)
+    with pytest.raises((ValueError, TypeError), match="dcn"):
+        gw.gru_backward(tape, dcn=dcn)
+    with pytest.raises((ValueError, TypeError), match=r"^dcn: expected None.*; got "):
+        functional.backward(tape, dcn=dcn)
+
+
+def test_a_tape_of_another_cell():
+    refused(
+        gw.gru_backward,
+        {"tape": taped("lstm")},
+        "^tape: expected .*gru",
+        "got .*lstm",
+        error=(ValueError, TypeError),
+    )
+    refused(
+        gw.lstm_backward,
+        {"tape": taped("gru")},
+        "^tape: expected .*lstm",
+        "got .*gru",
+        error=(ValueError, TypeError),
+    )
+    refused(
+        gw.rnn_backward,
+        {"tape": taped("gru")},
+        "^tape: expected .*rnn",
+        "got .*gru",
+        error=(ValueError, TypeError),
+    )
+    assert gw.rnn_backward(taped("rnn_tanh")).dx.shape == (T, N, I)
+
+
+def test_something_that_is_no_tape():
+    for thing in (None, np.zeros(3), "tape"):
+        refused(
+            functional.backward,
+            {"tape": thing},
+            "^tape: expected .*",
+            "got .*" + type(thing).__name__,
+            error=(ValueError, TypeError),
+        )
+
+
+def test_a_forward_pass_that_kept_nothing():
+    tape = taped(training=False)
+    refused(functional.backward, {"tape": tape}, "^tape: ", "training=True")
+    for look in ("gates", "c"):
+        with pytest.raises(ValueError, match=r"^tape: .*training=True"):
+            getattr(tape, look)
+
+
+@pytest.mark.parametrize("wanted", [["dw"], ["dx", "dhn"], "dy", ["dc0"], [3], 3])
+def test_an_unknown_gradient_lists_the_known_ones(wanted):
+    tape = taped("gru")
+    kwargs = {"tape": tape, "wanted": wanted}
+    refused(
+        functional.backward, kwargs, "^wanted: expected", "dx", "dw_ih", "got ", error=(ValueError, TypeError)
+    )
+
+
+def test_a_bias_that_was_not_given_has_the_gradient_of_zeros():
+    kwargs = arguments()
+    zeros = {**kwargs, "b_hh": np.zeros_like(kwargs["b_hh"])}
+    found, expected = (
+        functional.backward(functional.forward("lstm", **given), **incoming())
+        for given in ({**kwargs, "b_hh": None}, zeros)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+def test_the_arch_may_change_between_forward_and_backward(monkeypatch, arch):
+    """A tape's layout belongs to the arch that wrote it, whatever the environment says later."""
+    tape = taped()
+    expected = functional.backward(tape, **incoming())
+    gates = tape.gates
+    monkeypatch.setenv("GATEWISE_ARCH", "generic")
+    for name, grad in functional.backward(tape, **incoming())._asdict().items():
+        assert np.array_equal(grad, getattr(expected, name)), name
+    assert np.array_equal(tape.gates, gates)
+
+
+# ---- the door itself: gatewise._core -----------------------------------------------------------------------
+
+
+def core_arrays(problem):
+    saved, states, scratch, _ = problem.sizes
+    shapes = {"y": (T, N, H), "hn": (N, H), "cn": (N, H), "saved": (saved,), "states": (states,)}
+    arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    return {**arrays, "scratch": np.empty(scratch, np.uint8)}
+
+
+@pytest.fixture
+def problem():
+    return _core.Problem("lstm", **arguments(), lengths=None, reverse=False)
+
+
+@pytest.mark.parametrize("name", ["y", "hn", "cn", "saved", "states", "scratch"])
+def test_outputs_are_checked_before_anything_is_written(problem, name):
+    def call(**arrays):
+        _core.forward(problem, **arrays, threads=1)
+
+    good = core_arrays(problem)
+    call(**good)
+    frozen = good[name].copy()
+    frozen.flags.writeable = False
+    kind = str(frozen.dtype)
+    refused(call, {**good, name: frozen}, f"^{name}: expected {kind} ", "writable", "got .*read-only")
+    refused(call, {**good, name: good[name][:-1].copy()}, f"^{name}: expected {kind} ", "got ")
+    refused(
+        call,
+        {**good, name: np.repeat(good[name], 2, axis=0)[::2]},
+        f"^{name}: expected",
+        "got .*not C-contiguous",
+    )
+    refused(call, {**good, name: good[name].astype(np.float64)}, f"^{name}: expected {kind} ", "got float64")
+    refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
+
+
+@pytest.mark.parametrize("name", functional.Gradients._fields)
+def test_gradients_going_out_are_checked(problem, name):
+    forward = core_arrays(problem)
+    _core.forward(problem, **forward, threads=1)
+    out = {"d" + key: np.zeros_like(array) for key, array in arguments().items()}
+    taped = {key: forward[key] for key in ("y", "saved", "states")}
+    scratch = np.empty(problem.sizes[3], np.uint8)
+
+    def call(**outputs):
+        _core.backward(problem, **taped, **incoming(), **outputs, scratch=scratch, threads=1)
+
+    call(**out)
+    call(**{**out, name: None})  # not wanted
+    frozen = out[name].copy()
+    frozen.flags.writeable = False
+    refused(call, {**out, name: frozen}, f"^{name}: expected float32 ", "writable", "got .*read-only")
+    refused(call, {**out, name: out[name][:-1].copy()}, f"^{name}: expected float32 ", "got ")
+    refused(call, {**out, name: out[name].astype(np.float64)}, f"^{name}: expected float32 ", "got float64")
+    refused(call, {**out, name: out[name].tolist()}, f"^{name}: expected float32 ", "got list")
+
+
+def test_an_unaligned_array_is_refused():
+    kwargs = arguments()
+    raw = np.zeros(kwargs["w_hh"].nbytes + 1, np.uint8)
+    kwargs["w_hh"] = raw[1:].view(np.float32).reshape(kwargs["w_hh"].shape)
+    refused(gw.lstm, kwargs, "^w_hh: expected float32 ", "got .*not aligned")
+
+
+def test_the_functions_own_door():
+    for arguments_, word in (
+        (("cosh", np.zeros(3), "generic"), "^function: expected one of exp, tanh, sigmoid; got 'cosh'$"),
+        (("exp", np.zeros(3), "z80"), "^arch: expected one of .*generic; got 'z80'$"),
+        (("exp", np.zeros(3, np.float16), "generic"), "^x: expected float32 .*; got float16"),
+        (("exp", np.zeros((2, 2)), "generic"), "^x: expected float64 .*; got float64 "),
+        (("exp", np.zeros(6)[::2], "generic"), "^x: expected .*; got float64 .*not C-contiguous"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            _core.evaluate(*arguments_)

@@ -1,0 +1,375 @@
+"""The CPU kernels: the reference's results on every problem, and what they promise beyond results.
+
+Every test runs for every instruction set that this machine can execute (fixture `arch`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gatewise as gw
+import problems
+from conftest import ARCHS
+from problems import Inputs, Problem
+
+CELLS = list(problems.GATES)
+Results = dict[str, np.ndarray]
+
+
+def assert_equal_bits(a: Results, b: Results) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name], equal_nan=True), name
+
+
+def assert_close(a: Results, b: Results) -> None:
+    """Equal up to the rounding of a sum taken in another order."""
+    for name in a:
+        scale = np.abs(b[name]).max(initial=0.0)
+        assert problems.distance(a[name], b[name]) <= 64 * np.finfo(b[name].dtype).eps * scale, name
+
+
+class GuardedNumpy:
+    """NumPy for whoever allocates outputs and scratch: `empty` is full of NaN and lies between two guards."""
+
+    GUARD = 256  # bytes on either side; a multiple of every alignment a kernel may count on
+
+    def __init__(self) -> None:
+        self.buffers: list[np.ndarray] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, shape: Any, dtype: Any = float) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        buffer = np.full(size + 2 * self.GUARD, 0xFF, np.uint8)  # bytes of 0xFF are NaN in every float type
+        self.buffers.append(buffer)
+        return buffer[self.GUARD : self.GUARD + size].view(dtype).reshape(shape)
+
+    def check(self) -> None:
+        assert self.buffers, "nothing was allocated through np.empty"
+        for buffer in self.buffers:
+            assert np.all(buffer[: self.GUARD] == 0xFF), "written before the start of a buffer"
+            assert np.all(buffer[len(buffer) - self.GUARD :] == 0xFF), "written past the end of a buffer"
+
+
+# ---- Results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_problem(cell: str, dtype: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, tape and gradients within the bound; every number of them written, none around them."""
+    for problem in problems.biting(cell, dtype):
+        problems.truth(problem)
+        guarded = GuardedNumpy()
+        with monkeypatch.context() as patch:
+            patch.setattr(gw.functional, "np", guarded)
+            results = problems.run(problem, problems.draw(problem))
+        problems.check(problem, results)
+        guarded.check()
+
+
+@given(
+    cell=st.sampled_from(CELLS),
+    sizes=st.tuples(st.integers(0, 12), st.integers(0, 20), st.integers(1, 40), st.integers(1, 70)),
+    dtype=st.sampled_from(list(problems.DTYPES)),
+    options=st.sets(st.sampled_from(["lengths", "reverse", "h0", "nobias", "infer"])),
+    num_threads=st.integers(1, 4),
+    arch=st.sampled_from(ARCHS),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_problem(
+    cell: str, sizes: tuple[int, ...], dtype: str, options: set[str], num_threads: int, arch: str
+) -> None:
+    problem = Problem(cell, *sizes, dtype, frozenset(options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GATEWISE_ARCH", arch)
+        problems.check(problem, problems.run(problem, problems.draw(problem), num_threads=num_threads))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_infinity_go_where_they_go_in_the_reference(cell: str, bad: float, arch: str) -> None:
+    for where in ("x", "h0", "w_hh", "dy"):
+        for dtype in problems.DTYPES:
+            problem = Problem.parse(f"{cell}:T5,N4,I3,H18:{dtype}:h0")
+            inputs = problems.draw(problem)
+            getattr(inputs, where).reshape(-1)[len(getattr(inputs, where)) // 2] = bad
+            with np.errstate(all="ignore"):
+                exact = problems.run(problem, inputs.astype(np.float64), "reference")
+            for name, value in problems.run(problem, inputs).items():
+                expected = exact[name].astype(value.dtype)
+                assert np.array_equal(np.isnan(value), np.isnan(expected)), (where, dtype, name)
+                assert np.array_equal(value[np.isinf(value)], expected[np.isinf(expected)]), (
+                    where,
+                    dtype,
+                    name,
+                )
+                fine = np.isfinite(value)
+                assert np.allclose(value[fine], expected[fine], rtol=1e-3, atol=1e-4), (where, dtype, name)
+
+
+# ---- Bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", ["T7,N3,I5,H33", "T40,N64,I20,H40", "T8,N9,I70,H264", "T40,N3,I8,H260", "T3,N1,I8,H264"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_equal_bits_for_every_thread_count(cell: str, shape: str, arch: str) -> None:
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:{shape}:{dtype}:lengths,h0")
+        inputs = problems.draw(problem)
+        one = problems.run(problem, inputs, num_threads=1)
+        for num_threads in (2, 3, 7):
+            assert_equal_bits(one, problems.run(problem, inputs, num_threads=num_threads))
+
+
+def rows(inputs: Inputs, index: Any) -> Inputs:
+    """Some sequences of a batch, in some order."""
+    picked = {k: getattr(inputs, k)[:, index] for k in ("x", "dy")}
+    picked |= {
+        k: getattr(inputs, k)[index]
+        for k in ("h0", "c0", "dhn", "dcn", "lengths")
+        if getattr(inputs, k) is not None
+    }
+    return inputs._replace(**{k: np.ascontiguousarray(v) for k, v in picked.items()})
+
+
+@pytest.mark.parametrize("options", ["h0", "lengths,h0", "lengths,reverse,h0"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_sequence_does_not_see_its_batch(cell: str, options: str, arch: str) -> None:
+    """The bits of a sequence's results are the same alone, in any company and in any position."""
+    by_row = {"y": 1, "gates": 1, "c": 1, "dx": 1, "hn": 0, "cn": 0, "dh0": 0, "dc0": 0}
+    for dtype, H in (("f32", 21), ("f32", 130), ("f64", 21)):
+        problem = Problem.parse(f"{cell}:T6,N15,I5,H{H}:{dtype}:{options}")
+        inputs = problems.draw(problem)
+        whole = problems.run(problem, inputs)
+        order = np.random.default_rng(0).permutation(15)
+        for index in (*([n] for n in range(15)), order, order[:8], order[8:]):
+            part = problems.run(problem, rows(inputs, index))
+            expected = {name: whole[name].take(index, axis) for name, axis in by_row.items() if name in whole}
+            assert_equal_bits({name: part[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("reverse", ["", ",reverse"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_passing(cell: str, reverse: str, arch: str) -> None:
+    """One run is two runs: states handed on forward, their gradients handed back."""
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:T9,N6,I5,H19:{dtype}:h0{reverse}")
+        inputs = problems.draw(problem)
+        whole = problems.run(problem, inputs)
+        early, late = slice(0, 4), slice(4, 9)
+        first, then = (late, early) if reverse else (early, late)
+
+        a = inputs._replace(x=inputs.x[first], dy=inputs.dy[first])
+        tape_a = problems.tape_of(problem, a)
+        b = inputs._replace(x=inputs.x[then], dy=inputs.dy[then], h0=tape_a.hn, c0=tape_a.cn)
+        tape_b = problems.tape_of(problem, b)
+        grads_b = gw.functional.backward(tape_b, b.dy, b.dhn, b.dcn)
+        grads_a = gw.functional.backward(tape_a, a.dy, grads_b.dh0, grads_b.dc0)
+
+        parts = {"y": np.empty_like(whole["y"]), "dx": np.empty_like(whole["dx"])}
+        parts["y"][first], parts["y"][then] = tape_a.y, tape_b.y
+        parts["dx"][first], parts["dx"][then] = grads_a.dx, grads_b.dx
+        parts |= {"hn": tape_b.hn, "dh0": grads_a.dh0}
+        if tape_b.cn is not None:
+            parts |= {"cn": tape_b.cn, "dc0": grads_a.dc0}
+        assert_equal_bits(parts, {name: whole[name] for name in parts})
+        for name in ("dw_ih", "dw_hh", "db_ih", "db_hh"):
+            assert_close({name: getattr(grads_a, name) + getattr(grads_b, name)}, {name: whole[name]})
+
+
+@pytest.mark.parametrize("options", ["h0", "lengths,h0"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_reverse_is_flipping_by_hand(cell: str, options: str, arch: str) -> None:
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:T7,N5,I4,H21:{dtype}:{options}")
+        inputs = problems.draw(problem)
+        t = np.arange(7)[:, None]
+        lengths = np.full(5, 7) if inputs.lengths is None else inputs.lengths
+        flip = (np.where(t < lengths, lengths - 1 - t, t), np.arange(5))
+        forwards = problems.run(problem, inputs)
+        flipped = inputs._replace(x=inputs.x[flip], dy=inputs.dy[flip])
+        backwards = problems.run(Problem.parse(f"{problem},reverse"), flipped)
+        for name in ("y", "gates", "c", "dx"):
+            if name in backwards:
+                backwards[name] = backwards[name][flip]
+        sums = [name for name in forwards if name.startswith(("dw", "db"))]
+        assert_close({name: backwards[name] for name in sums}, {name: forwards[name] for name in sums})
+        assert_equal_bits(*({k: v for k, v in r.items() if k not in sums} for r in (forwards, backwards)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_wanted_gradients_are_given(cell: str, arch: str) -> None:
+    """A gradient has the same bits whatever else is wanted."""
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:T6,N5,I4,H19:{dtype}:lengths,h0")
+        inputs = problems.draw(problem)
+        tape = problems.tape_of(problem, inputs)
+        incoming = inputs.dy, inputs.dhn, inputs.dcn
+        every = gw.functional.backward(tape, *incoming)._asdict()
+        names = [name for name in every if every[name] is not None]
+        assert names == [
+            f"d{k}" for k in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh") if k != "c0" or cell == "lstm"
+        ]
+        for wanted in [[], *([name] for name in names), *(names[k:] for k in range(1, 7)), names[::2]]:
+            got = gw.functional.backward(tape, *incoming, wanted=wanted)._asdict()
+            assert {name for name in got if got[name] is not None} == set(wanted)
+            assert_equal_bits({name: got[name] for name in wanted}, {name: every[name] for name in wanted})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_missing_gradients_are_zeros(cell: str, arch: str) -> None:
+    problem = Problem.parse(f"{cell}:T6,N5,I4,H19:f32:lengths,h0")
+    inputs = problems.draw(problem)
+    tape = problems.tape_of(problem, inputs)
+    incoming = [inputs.dy, inputs.dhn, inputs.dcn]
+    for given_ in ((0,), (1,), (2,), (0, 1), (1, 2), ()):
+        some = [a if k in given_ else None for k, a in enumerate(incoming)]
+        zeros = [
+            None if a is None else a if k in given_ else np.zeros_like(a) for k, a in enumerate(incoming)
+        ]
+        without, with_zeros = (gw.functional.backward(tape, *g)._asdict() for g in (some, zeros))
+        for name in without:
+            assert (
+                np.array_equal(without[name], with_zeros[name]) or without[name] is with_zeros[name] is None
+            ), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tape_and_inputs_survive(cell: str, arch: str) -> None:
+    """Two backward passes over one tape agree to the bit, start from zero and change nothing they borrow."""
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:T8,N5,I4,H19:{dtype}:lengths,h0")
+        inputs, kept = problems.draw(problem), problems.draw(problem)
+        tape = problems.tape_of(problem, inputs)
+
+        def shown(tape: Any) -> Results:
+            return {k: v for k in ("y", "hn", "cn", "gates", "c") if (v := getattr(tape, k)) is not None}
+
+        before = {name: array.copy() for name, array in shown(tape).items()}
+        first, second = (
+            gw.functional.backward(tape, inputs.dy, inputs.dhn, inputs.dcn)._asdict() for _ in range(2)
+        )
+        assert_equal_bits(before, shown(tape))
+        assert_equal_bits(*({k: v for k, v in g.items() if v is not None} for g in (first, second)))
+        assert_equal_bits(*({k: v for k, v in i._asdict().items() if v is not None} for i in (inputs, kept)))
+
+
+# ---- Lengths -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7, 5, 3, 0, 0], [0, 3, 7, 7, 1], [0, 0, 0, 0, 0], [4, 4, 4, 4, 4], [1, 6, 2, 5, 0]]
+)
+@pytest.mark.parametrize("reverse", ["", ",reverse"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_past_the_end_matters(cell: str, reverse: str, lengths: list[int], arch: str) -> None:
+    """NaN in the padding reaches nothing; y and dx are 0 there; an empty sequence keeps its state."""
+    for dtype in problems.DTYPES:
+        problem = Problem.parse(f"{cell}:T7,N5,I4,H19:{dtype}:h0{reverse}")
+        clean = problems.draw(problem)._replace(lengths=np.array(lengths))
+        past = np.arange(7)[:, None] >= clean.lengths
+        planted = clean._replace(x=clean.x.copy(), dy=clean.dy.copy())
+        planted.x[past] = planted.dy[past] = np.nan
+        results = problems.run(problem, planted)
+        assert_equal_bits(results, problems.run(problem, clean))
+        for name in ("y", "gates", "c", "dx"):
+            if name in results:
+                assert not results[name][past].any(), name
+        empty = clean.lengths == 0
+        assert np.array_equal(results["hn"][empty], clean.h0[empty])
+        assert np.array_equal(results["dh0"][empty], clean.dhn[empty])
+        if cell == "lstm":
+            assert np.array_equal(results["cn"][empty], clean.c0[empty])
+            assert np.array_equal(results["dc0"][empty], clean.dcn[empty])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_full_lengths_are_no_lengths(cell: str, arch: str) -> None:
+    for options in ("h0", "h0,reverse"):
+        problem = Problem.parse(f"{cell}:T7,N5,I4,H19:f32:{options}")
+        inputs = problems.draw(problem)
+        full = inputs._replace(lengths=np.full(5, 7))
+        assert_equal_bits(problems.run(problem, inputs), problems.run(problem, full))
+
+
+# ---- The machine -------------------------------------------------------------------------------------------
+
+
+SHARED = "T20,N40,I16,H64"  # enough work that no kernel keeps it to one thread
+
+
+def subnormals_live(dtype: type) -> bool:
+    """Whether this thread's arithmetic makes and takes subnormal numbers."""
+    half, tiny = dtype(0.5), np.finfo(dtype).tiny
+    return bool(tiny * half != 0) and bool((tiny * half) * dtype(4) == tiny * dtype(2))
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_subnormals_are_flushed_and_the_callers_mode_kept(cell: str, dtype: str, arch: str) -> None:
+    """Gradients too small for a normal number become 0 on every thread; the caller's subnormals live on."""
+    problem = Problem.parse(f"{cell}:{SHARED}:{dtype}:h0")
+    limits = np.finfo(problems.DTYPES[dtype])
+    inputs = problems.draw(problem)
+    for name in ("dy", "dhn", "dcn"):
+        if (a := getattr(inputs, name)) is not None:
+            a *= limits.tiny / 16
+            assert np.abs(a).max() > 0
+
+    def compute() -> None:
+        assert subnormals_live(limits.dtype.type)
+        results = problems.run(problem, inputs, num_threads=2)
+        assert subnormals_live(limits.dtype.type)
+        for name in ("dx", "dh0", "dw_ih", "dw_hh", "db_ih", "db_hh"):
+            assert not results[name].any(), name
+
+    compute()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compute).result()
+
+
+def test_calls_from_several_threads(arch: str) -> None:
+    texts = [f"{cell}:{SHARED}:f32:h0" for cell in CELLS]
+    work = [(problem, problems.draw(problem)) for problem in map(Problem.parse, texts)] * 8
+    expected = [problems.run(*w, num_threads=1) for w in work[:4]] * 8
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda w: problems.run(*w, num_threads=2), work), expected):
+            assert_equal_bits(got, want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_fork_after_threads(arch: str) -> None:
+    """A child of a process that has used several threads can use several threads."""
+    problem = Problem.parse(f"lstm:{SHARED}:f32:train")
+    inputs = problems.draw(problem)
+    expected = problems.run(problem, inputs, num_threads=2)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            assert_equal_bits(problems.run(problem, inputs, num_threads=2), expected)
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert ended[1] == 0, "the child failed"

@@ -1,0 +1,249 @@
+"""Layers against torch.nn in float64: outputs, states, every gradient, packed sequences, names, files."""
+
+import numpy as np
+import pytest
+
+from gatewise import GRU, LSTM, RNN
+from gatewise.layers import Layer
+
+torch = pytest.importorskip("torch")
+
+CELLS = {
+    "rnn_tanh": (RNN, torch.nn.RNN, {}),
+    "rnn_relu": (RNN, torch.nn.RNN, {"nonlinearity": "relu"}),
+    "lstm": (LSTM, torch.nn.LSTM, {}),
+    "gru": (GRU, torch.nn.GRU, {}),
+}
+T, N, I, H = 6, 5, 3, 4  # no two equal: a swapped axis cannot pass
+LENGTHS = np.array([4, 6, 1, 3, 6])
+
+
+def pair(cell, L=1, **options):
+    """Our layer and torch's with the same weights, float64."""
+    ours_class, torch_class, extra = CELLS[cell]
+    ours = ours_class(I, H, L, dtype=np.float64, random_state=1, **extra, **options)
+    theirs = torch_class(I, H, L, dtype=torch.float64, **extra, **options)
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in ours.state_dict().items()})
+    return ours, theirs
+
+
+def as_tuple(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def numbers(shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def close(ours, theirs):
+    theirs = theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [
+    {}, {"bias": False}, {"batch_first": True}, {"L": 2, "bidirectional": True},
+    {"L": 2, "bidirectional": True, "batch_first": True}, {"L": 3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_and_every_gradient_equal_torch(cell, options, packed):
+    ours, theirs = pair(cell, **options)
+    D, L = 1 + ours.bidirectional, ours.num_layers
+    x = numbers((N, T, I) if ours.batch_first else (T, N, I), 2)
+    state = tuple(numbers((L * D, N, H), 3 + k) for k in range(1 + ours.has_c))
+    lengths = LENGTHS if packed else None
+
+    y, final, tape = ours.forward(x, state if ours.has_c else state[0], lengths)
+    dy, dstate = numbers(y.shape, 5), tuple(numbers(s.shape, 6 + k) for k, s in enumerate(as_tuple(final)))
+    gradients = ours.backward(tape, dy, dstate if ours.has_c else dstate[0])
+
+    x_torch = torch.tensor(x, requires_grad=True)
+    state_torch = tuple(torch.tensor(s, requires_grad=True) for s in state)
+    sequence = x_torch
+    if packed:
+        sequence = torch.nn.utils.rnn.pack_padded_sequence(
+            x_torch, torch.tensor(LENGTHS), ours.batch_first, False
+        )
+    out, last = theirs(sequence, state_torch if ours.has_c else state_torch[0])
+    if packed:
+        out, _ = torch.nn.utils.rnn.pad_packed_sequence(out, ours.batch_first)
+    loss = (out * torch.tensor(dy)).sum()
+    loss = loss + sum((s * torch.tensor(d)).sum() for s, d in zip(as_tuple(last), dstate))
+    loss.backward()
+
+    close(y, out)
+    for mine, other in zip(as_tuple(final), as_tuple(last)):
+        close(mine, other)
+    assert set(gradients) == {*ours.parameters, "x", "state"}
+    close(gradients["x"], x_torch.grad)
+    for mine, other in zip(as_tuple(gradients["state"]), state_torch):
+        close(mine, other.grad)
+    for name, parameter in theirs.named_parameters():
+        close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_what_is_wanted_is_computed_and_is_the_same(cell):
+    ours, _ = pair(cell, L=2, bidirectional=True)
+    y, _, tape = ours.forward(numbers((T, N, I), 2), lengths=LENGTHS)
+    dy = numbers(y.shape, 3)
+    everything = ours.backward(tape, dy)
+    for wanted in (["x"], ["state"], ["weight_hh_l1_reverse"], ["bias_ih_l0", "weight_ih_l1"], []):
+        some = ours.backward(tape, dy, wanted=wanted)
+        assert set(some) == set(wanted)
+        for name in wanted:
+            for a, b in zip(as_tuple(some[name]), as_tuple(everything[name])):
+                np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"wanted: .*weight_l9"):
+        ours.backward(tape, dy, wanted=["weight_l9"])
+
+
+def test_names_shapes_and_range_of_the_weights_are_torchs():
+    for cell in CELLS:
+        ours, theirs = pair(cell, L=2, bidirectional=True)
+        assert [(n, p.shape) for n, p in ours.parameters.items()] == [
+            (n, tuple(p.shape)) for n, p in theirs.named_parameters()
+        ]
+    big = LSTM(64, 100, random_state=0)
+    for weight in big.parameters.values():
+        assert 0.09 < np.abs(weight).max() <= 0.1  # U(-1/sqrt(100), 1/sqrt(100))
+        assert abs(weight.mean()) < 0.01
+    assert (big.parameters["weight_hh_l0"] == LSTM(64, 100, random_state=0).parameters["weight_hh_l0"]).all()
+    assert (big.parameters["weight_hh_l0"] != LSTM(64, 100, random_state=1).parameters["weight_hh_l0"]).any()
+
+
+def test_state_dict_goes_both_ways_and_is_a_copy():
+    ours, theirs = pair("gru", L=2)
+    other = GRU(I, H, 2, dtype=np.float64, random_state=9)
+    other.load_state_dict(theirs.state_dict())
+    for name, value in ours.parameters.items():
+        np.testing.assert_array_equal(other.parameters[name], value)
+    ours.state_dict()["weight_ih_l0"][:] = 0
+    assert (ours.parameters["weight_ih_l0"] != 0).all()
+
+
+def test_a_state_dict_that_does_not_fit_names_every_fault_and_changes_nothing():
+    ours = LSTM(I, H, random_state=0)
+    wrong, before = ours.state_dict(), ours.state_dict()
+    wrong["weight_hh_l0"] = wrong["weight_hh_l0"].T
+    wrong["weight_ih_l0"] += 1
+    wrong["extra"] = wrong.pop("bias_hh_l0")
+    fault = r"missing bias_hh_l0; unexpected extra; weight_hh_l0: expected \(16, 4\), got \(4, 16\)"
+    with pytest.raises(ValueError, match=fault):
+        ours.load_state_dict(wrong)
+    for name, value in before.items():
+        np.testing.assert_array_equal(ours.parameters[name], value)
+
+
+def test_saved_layer_comes_back_and_torch_can_read_it(tmp_path):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "layer.safetensors"
+    ours, theirs = pair("lstm", L=2, bidirectional=True, batch_first=True, dropout=0.25)
+    ours.save(path)
+    ours.save(path)  # over an existing file
+    assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
+    for loaded in (LSTM.load(path), Layer.load(path)):
+        assert repr(loaded).partition("(")[2] == repr(ours).partition("(")[2]
+        x = numbers((N, T, I), 2)
+        np.testing.assert_array_equal(
+            loaded.forward(x, training=False)[0], ours.forward(x, training=False)[0]
+        )
+    theirs.load_state_dict(safetensors_torch.load_file(path))
+    with pytest.raises(ValueError, match="expected a layer of gru; got lstm"):
+        GRU.load(path)
+    safetensors_torch.save_file(theirs.state_dict(), path)
+    with pytest.raises(ValueError, match="no constructor arguments"):
+        LSTM.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "layer.safetensors"
+    LSTM(I, H, random_state=0).save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        LSTM(I, H, random_state=1).save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_dropout_is_reproducible_keeps_the_mean_and_rests_outside_training():
+    x = np.random.default_rng(0).standard_normal((T, 2000, I)).astype(np.float32)
+    make = lambda p, seed: RNN(I, H, 2, nonlinearity="relu", dropout=p, random_state=seed)  # noqa: E731
+    (a, _, tape), (b, _, _) = make(0.4, 0).forward(x), make(0.4, 0).forward(x)
+    np.testing.assert_array_equal(a, b)
+    plain = make(0.0, 0).forward(x)[0]
+    np.testing.assert_array_equal(make(0.4, 0).forward(x, training=False)[0], plain)
+    assert (a != plain).any()
+    mask = tape.masks[1]
+    assert tape.masks[0] is None
+    assert set(np.unique(mask)) == {np.float32(0), np.float32(1 / 0.6)}
+    assert abs(mask.mean() - 1) < 5 * np.sqrt(0.4 / 0.6 / mask.size)  # five standard errors
+    layer = make(0.4, 0)
+    assert (layer.forward(x)[0] != layer.forward(x)[0]).any()  # a new mask every pass
+
+
+def test_gradients_with_dropout_are_those_of_the_masked_network():
+    ours = LSTM(I, H, 2, dropout=0.5, dtype=np.float64, random_state=0)
+    x, dy = numbers((T, N, I), 1), numbers((T, N, H), 2)
+    y, _, tape = ours.forward(x)
+    gradients = ours.backward(tape, dy)
+    lower, upper = LSTM(I, H, dtype=np.float64), LSTM(H, H, dtype=np.float64)
+    weights = ours.state_dict()
+    lower.load_state_dict({k: v for k, v in weights.items() if k.endswith("_l0")})
+    upper.load_state_dict({k.replace("_l1", "_l0"): v for k, v in weights.items() if k.endswith("_l1")})
+    between, _, lower_tape = lower.forward(x)
+    out, _, upper_tape = upper.forward(between * tape.masks[1])
+    np.testing.assert_array_equal(out, y)
+    top = upper.backward(upper_tape, dy)
+    bottom = lower.backward(lower_tape, top["x"] * tape.masks[1])
+    np.testing.assert_array_equal(gradients["x"], bottom["x"])
+    np.testing.assert_array_equal(gradients["weight_hh_l1"], top["weight_hh_l0"])
+    np.testing.assert_array_equal(gradients["weight_ih_l0"], bottom["weight_ih_l0"])
+
+
+def test_without_training_there_is_no_tape():
+    assert LSTM(I, H).forward(np.zeros((T, N, I), np.float32), training=False)[2] is None
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ({"hidden_size": 0}, "hidden_size: expected an integer of 1 or more; got 0"),
+    ({"input_size": 2.5}, "input_size: expected an integer"),
+    ({"num_layers": -1}, "num_layers: expected"),
+    ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\)"),
+    ({"dtype": np.float16}, "dtype: expected float32 or float64; got float16"),
+    ({"cell": "lsmt"}, "cell: expected one of .*lstm.*; got 'lsmt'"),
+])  # fmt: skip
+def test_bad_arguments_are_named(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Layer(**{"cell": "lstm", "input_size": I, "hidden_size": H, **arguments})
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("x", [
+    np.zeros((T, N, I + 1), np.float32), np.zeros((T, N, I)), np.zeros((T, I), np.float32), [[[1.0] * I]],
+])  # fmt: skip
+def test_bad_input_is_named(x, batch_first):
+    axes = r"\(N, T, I\)" if batch_first else r"\(T, N, I\)"
+    with pytest.raises(ValueError, match=rf"x: expected float32 {axes} with I = 3; got (float|list)"):
+        GRU(I, H, batch_first=batch_first).forward(x)
+
+
+def test_bad_states_and_gradients_are_named():
+    x = np.zeros((T, N, I), np.float32)
+    h = np.zeros((2, N, H), np.float32)
+    lstm, gru = LSTM(I, H, 2), GRU(I, H, 2)
+    with pytest.raises(ValueError, match=r"state: expected a pair \(h, c\)"):
+        lstm.forward(x, h)
+    with pytest.raises(ValueError, match="state: expected one array h"):
+        gru.forward(x, (h, h))
+    with pytest.raises(
+        ValueError, match=r"state: expected c of shape \(L\*D, N, H\) with L\*D = 2; got \(3, 5, 4\)"
+    ):
+        lstm.forward(x, (h, np.zeros((3, N, H), np.float32)))
+    with pytest.raises(ValueError):
+        lstm.forward(x, (h[:, :3].copy(), h[:, :3].copy()))  # N, told by the kernels' own door
+    _, _, tape = gru.forward(x)
+    with pytest.raises(ValueError, match=r"dy: expected the shape of y, \(6, 5, 4\); got \(6, 5, 8\)"):
+        gru.backward(tape, np.zeros((T, N, 2 * H), np.float32))

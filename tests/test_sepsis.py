@@ -1,0 +1,508 @@
+"""The sepsis study: readers, simulated cohort, features without a look ahead, scores and report.
+
+The real records are read only where they are: in $GATEWISE_DATA, or in shared/data beside the repository.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from gatewise import sepsis
+from gatewise.sepsis import cohort, features, records, report, study
+
+HERE = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("GATEWISE_DATA", HERE.parent / "shared/data/sepsis2019"))
+OPTIONS = {"max_epochs": 2, "hidden_size": 8, "batch_size": 32, "learning_rate": 1e-2, "verbose": 0}
+
+
+# ---- readers -----------------------------------------------------------------------------------------------
+
+
+def made_up(seed: int, patients: int) -> list[np.ndarray]:
+    """float64 [T, 41] a patient, two decimals, most fields empty."""
+    random = np.random.default_rng(seed)
+    tables = []
+    for _ in range(patients):
+        hours = int(random.integers(1, 30))
+        table = np.round(random.normal(50, 40, (hours, 41)), 2)
+        table[:, :34][random.random((hours, 34)) < 0.7] = np.nan
+        table[:, 35] = random.integers(0, 2)
+        table[:, 36:38] = random.choice([0, 1, np.nan])
+        table[:, 39] = np.arange(hours) + random.integers(1, 5)
+        table[:, 40] = np.arange(hours) >= random.integers(0, 40)
+        tables.append(table)
+    return tables
+
+
+def write_psv(path: Path, table: np.ndarray, header: str = "|".join(records.COLUMNS)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["|".join("NaN" if np.isnan(v) else f"{v:g}" for v in row) for row in table]
+    path.write_text("\n".join([header, *lines]) + "\n")
+
+
+def packed(tables: list[np.ndarray], first_id: int = 1) -> dict[str, np.ndarray]:
+    """The arrays of the packed form."""
+    table = np.concatenate(tables)
+    arrays: dict[str, np.ndarray] = {}
+    for j, name in enumerate(records.COLUMNS):
+        if name in ("Gender", "ICULOS", "SepsisLabel"):
+            arrays[name] = table[:, j].astype(np.int16)
+        else:
+            hundredths = np.round(np.nan_to_num(table[:, j]) * 100).astype(np.int32)
+            arrays[name] = np.where(np.isnan(table[:, j]), -(2**31), hundredths).astype(np.int32)
+    arrays["length"] = np.array([len(one) for one in tables], np.int16)
+    arrays["patient_id"] = np.arange(first_id, first_id + len(tables), dtype=np.int32)
+    arrays["fold"] = np.array([records.fold_of("A", f"p{i:06d}") for i in arrays["patient_id"]], np.int8)
+    return arrays
+
+
+def assert_equal(one: records.Records, other: records.Records) -> None:
+    for name in ("measured", "background", "clock", "label", "length", "patient", "group", "fold"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert a.dtype.kind == b.dtype.kind, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_both_forms_read_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    tables = made_up(0, 7)
+    for i, table in enumerate(tables, 1):
+        write_psv(tmp_path / f"psv/training/training_setA/p{i:06d}.psv", table)
+    (tmp_path / "npz").mkdir()
+    np.savez_compressed(tmp_path / "npz/setA.npz", **packed(tables))
+    from_psv, from_npz = sepsis.read(tmp_path / "psv"), sepsis.read(tmp_path / "npz")
+    assert_equal(from_psv, from_npz)
+    table = np.concatenate(tables).astype(np.float32)
+    np.testing.assert_array_equal(from_psv.measured, table[:, :34])
+    np.testing.assert_array_equal(from_psv.background, table[:, 34:39])
+    np.testing.assert_array_equal(from_psv.clock, table[:, 39])
+    np.testing.assert_array_equal(from_psv.label, table[:, 40])
+    assert set(from_psv.group) == {"A"}
+    np.testing.assert_array_equal(np.diff(from_psv.offset), [len(one) for one in tables])
+
+
+def test_two_hospitals_are_told_apart_and_a_fold_depends_on_its_patient_only(tmp_path: Path) -> None:
+    tables = made_up(1, 6)
+    for i, table in enumerate(tables):
+        write_psv(tmp_path / f"training_set{'AB'[i % 2]}/p{i:06d}.psv", table)
+    both = sepsis.read(tmp_path)
+    assert both.group.tolist() == ["A", "A", "A", "B", "B", "B"]
+    assert both.patient.tolist() == [f"p{i:06d}" for i in (0, 2, 4, 1, 3, 5)]
+    only_b = sepsis.read(tmp_path / "training_setB")
+    assert_equal(only_b, both.select(both.group == "B"))
+
+
+def test_folds_are_even_and_make_three_parts() -> None:
+    count = np.bincount([records.fold_of("A", f"p{i:06d}") for i in range(20_000)], minlength=20)
+    assert count.size == 20
+    assert (np.abs(count - 1000) < 5 * np.sqrt(1000 * 0.95)).all()
+    cohort_ = cohort.simulate(300, seed=3)
+    train, validation, test = cohort_.split()
+    np.testing.assert_array_equal(train.astype(int) + validation + test, 1)
+    assert set(cohort_.fold[test]) == {0, 1, 2, 3}
+    assert set(cohort_.fold[validation]) == {4, 5}
+
+
+GOOD = np.zeros((3, 41))
+GOOD[:, 39] = [1, 2, 3]
+ROW = "|".join(["1"] * 39 + ["1", "0"])
+HEADER = "|".join(records.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"", "expected a header line with the 41 columns; got an empty file"),
+        (HEADER.replace("|pH|", "|").encode(), "expected the 41 columns .* in order; got no pH"),
+        (HEADER.replace("HR|O2Sat", "O2Sat|HR").encode(), "in order; got others or another order"),
+        (HEADER.encode(), "expected at least one row under the header; got none"),
+        (f"{HEADER}\n{ROW}\n1|2|3".encode(), "expected 41 fields in line 3; got 3; is the file truncated"),
+        (f"{HEADER}\n{ROW}|7".encode(), "expected 41 fields in line 2; got 42"),
+        (f"{HEADER}\n{ROW[:-1]}?".encode(), "expected numbers or NaN in every field; got could not convert"),
+        (f"{HEADER}\n{ROW[:-1]}2".encode(), "expected SepsisLabel 0 or 1; got 2"),
+        (f"{HEADER}\n{ROW[:-1]}NaN".encode(), "expected SepsisLabel 0 or 1; got nan"),
+        (f"{HEADER}\n{ROW}\n{ROW}".encode(), "expected ICULOS to advance by 1 a row, to 2 in row 1; got 1"),
+        (b"\xff\xfe\x00", "expected text separated by |; got a byte that is no ASCII at 0"),
+    ],
+)
+def test_a_bad_psv_file_is_named_with_what_was_expected_and_got(
+    tmp_path: Path, text: bytes, sentence: str
+) -> None:
+    write_psv(tmp_path / "training_setA/p000001.psv", GOOD)
+    bad = tmp_path / "training_setA/p000002.psv"
+    bad.write_bytes(text)
+    with pytest.raises(ValueError, match=sentence.replace("|", r"\|")) as error:
+        sepsis.read(tmp_path)
+    assert str(error.value).startswith(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"pH": None}, "expected an array for each of the 41 columns .*; got no pH"),
+        ({"fold": None}, "got no fold"),
+        ({"HR": np.zeros(2, np.int32)}, r"expected HR to be integers \(3,\); got int32 \(2,\)"),
+        ({"HR": np.zeros(3)}, r"expected HR to be integers \(3,\); got float64"),
+        ({"fold": np.array([20], np.int8)}, "expected folds 0..19; got 20..20"),
+        (
+            {"length": np.array([0], np.int16)},
+            "expected at least one row for each patient; got a length of 0",
+        ),
+        ({"SepsisLabel": np.array([0, 1, 3])}, "expected SepsisLabel 0 or 1; got 3 in row 2"),
+        ({"ICULOS": np.array([1, 2, 4])}, "expected ICULOS to advance by 1 a row, to 3 in row 2; got 4"),
+    ],
+)
+def test_a_bad_packed_set_is_named_with_what_was_expected_and_got(
+    tmp_path: Path, change: dict[str, np.ndarray | None], sentence: str
+) -> None:
+    arrays = {name: array for name, array in {**packed([GOOD]), **change}.items() if array is not None}
+    np.savez(tmp_path / "setA.npz", **arrays)
+    with pytest.raises(ValueError, match=sentence) as error:
+        sepsis.read(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "setA.npz"))
+
+
+def test_a_truncated_or_damaged_archive_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "setA.npz"
+    np.savez_compressed(path, **packed(made_up(0, 20)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match=r"setA.npz: expected a readable .npz archive; got a file that is no zip"
+    ):
+        sepsis.read(tmp_path)
+    damaged = bytearray(whole)
+    damaged[200:260] = bytes(60)  # inside the first array
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"setA.npz: expected a readable .npz archive; got \w+: "):
+        sepsis.read(tmp_path)
+
+
+def test_nothing_to_read_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a directory .* there is none"):
+        sepsis.read(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"\*.psv files; found neither"):
+        sepsis.read(tmp_path)
+
+
+# ---- simulated cohort --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def simulated() -> records.Records:
+    return cohort.simulate(3000, seed=1)
+
+
+def test_a_seed_makes_a_cohort(simulated: records.Records) -> None:
+    assert_equal(cohort.simulate(200, seed=5), cohort.simulate(200, seed=5))
+    assert not np.array_equal(cohort.simulate(200, seed=6).length, cohort.simulate(200, seed=5).length)
+    assert simulated.measured.dtype == np.float32
+    assert simulated.length.min() >= 1
+    with pytest.raises(ValueError, match="patients: expected at least 100; got 3"):
+        cohort.simulate(3)
+
+
+def test_effects_of_a_dose_run_as_they_are_called() -> None:
+    hours = np.arange(0.0, 200.0)
+    fading = cohort.exponential(hours, 8.0)
+    assert fading[0] == 1
+    np.testing.assert_allclose(fading[8:] / fading[:-8], 0.5)
+    delayed = cohort.hump(hours, 14.0)
+    assert delayed[0] == 0 and delayed.argmax() == 14 and delayed[14] == pytest.approx(1)
+    assert (np.diff(delayed[:15]) > 0).all() and (np.diff(delayed[14:]) < 0).all()
+    flat = cohort.plateau(hours, 10.0)
+    np.testing.assert_allclose(flat[:8], 1, atol=0.03)
+    np.testing.assert_allclose(flat[13:], 0, atol=0.03)
+    assert flat[10] == pytest.approx(0.5)
+
+
+def test_the_true_risk_is_the_frequency_of_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all, and in every tenth of the risk and of the stay, as many labels are 1 as the risk says.
+
+    Labels of a patient overlap, so deviations are summed by patient; patients are independent. Sepsis is made
+    more frequent, so that a horizon wrong by one hour is many standard deviations off.
+    """
+    monkeypatch.setattr(cohort, "BASE", cohort.BASE + 2)
+    table = cohort.simulate(4000, seed=1)
+    assert table.risk is not None
+    hour = np.arange(table.label.size) - table.first_row
+    tenths = [np.array_split(np.argsort(by, kind="stable"), 10) for by in (table.risk, hour)]
+    for rows in (slice(None), *tenths[0], *tenths[1]):
+        off = np.zeros(table.label.size)
+        off[rows] = table.label[rows] - table.risk[rows]
+        by_patient = np.add.reduceat(off, table.offset[:-1])
+        # Where hardly anybody is septic the sample tells too little of its own deviation: then Poisson's.
+        deviation = np.sqrt(max(np.square(by_patient).sum(), cohort.HORIZON * table.risk[rows].sum()))
+        assert abs(by_patient.sum()) < 4 * deviation
+
+
+def test_no_score_of_the_record_beats_the_true_risk(simulated: records.Records) -> None:
+    """The true risk blunted in any way, and every column by itself, ranks worse."""
+    risk, label = simulated.risk, simulated.label
+    assert risk is not None
+    best, best_precision = study.areas(label, risk)
+    random = np.random.default_rng(0)
+    hour_before = np.where(np.arange(risk.size) > simulated.first_row, np.roll(risk, 1), risk.mean())
+    train = simulated.split()[0]
+    columns = features.build(simulated, train).matrix.astype(np.float64)
+    for other in (risk * np.exp(random.normal(0, 0.5, risk.size)), hour_before, *columns.T, *-columns.T):
+        auroc, auprc = study.areas(label, other)
+        assert auroc < best and auprc < best_precision
+
+
+def test_doses_are_in_the_record_and_move_the_risk(simulated: records.Records) -> None:
+    """Some hours after a dose the risk has moved from that of the hour before it, the way of the drug."""
+    assert simulated.risk is not None
+    log_odds = np.log(simulated.risk / (1 - simulated.risk))
+    for drug, after in (("Antibiotic", 6), ("Steroid", 18), ("Sedative", 8)):
+        given = ~np.isnan(simulated.measured[:, simulated.variables.index(drug)])
+        rows = np.flatnonzero(given)
+        last = simulated.first_row + np.repeat(simulated.length, simulated.length) - 1
+        rows = rows[(rows - 1 >= simulated.first_row[rows]) & (rows + after <= last[rows])]
+        moved = log_odds[rows + after] - log_odds[rows - 1]
+        hazard = next(one.hazard for one in cohort.DRUGS if one.name == drug)
+        assert np.sign(moved.mean()) == np.sign(hazard)
+        assert abs(moved.mean()) > 5 * moved.std() / np.sqrt(rows.size)
+    assert set(simulated.doses) == {drug.name for drug in cohort.DRUGS}
+
+
+# ---- features ----------------------------------------------------------------------------------------------
+
+
+def by_hand(table: records.Records, cap: float) -> tuple[np.ndarray, np.ndarray]:
+    """The definition: the value last measured [R, V] (NaN: never) and the hours since, row by row."""
+    value = np.full_like(table.measured, np.nan)
+    hours = np.full_like(table.measured, cap)
+    for start, end in zip(table.offset[:-1], table.offset[1:]):
+        for j in range(table.measured.shape[1]):
+            for t in range(start, end):
+                for back in range(t, start - 1, -1):
+                    if not np.isnan(table.measured[back, j]):
+                        value[t, j], hours[t, j] = table.measured[back, j], min(t - back, cap)
+                        break
+    return value, hours
+
+
+def test_features_are_the_last_value_the_mask_and_the_hours_since() -> None:
+    table = cohort.simulate(100, seed=2)
+    train = np.arange(100) < 70
+    built = features.build(table, train)
+    value, hours = by_hand(table, features.CAP)
+    v = len(table.variables)
+    train_value = value[table.rows_of(train)].astype(np.float64)
+    normal = (value - np.nanmean(train_value, axis=0)) / np.nanstd(train_value, axis=0)
+    expected = np.nan_to_num(normal).clip(-features.LIMIT, features.LIMIT)
+    np.testing.assert_allclose(built.matrix[:, :v], expected, atol=1e-5)
+    np.testing.assert_array_equal(built.matrix[:, v : 2 * v], ~np.isnan(table.measured))
+    np.testing.assert_allclose(built.matrix[:, 2 * v : 3 * v], hours / features.CAP, rtol=1e-6)
+    assert built.matrix.shape == (table.label.size, len(built.names)) and built.matrix.dtype == np.float32
+
+
+def test_sequences_are_views_of_the_matrix() -> None:
+    table = cohort.simulate(100, seed=2)
+    chosen = np.arange(100) % 3 == 0
+    built = features.build(table, chosen)
+    sequences = built.sequences(chosen)
+    assert [len(one) for one in sequences] == table.length[chosen].tolist()
+    assert all(np.shares_memory(one, built.matrix) for one in sequences)
+    np.testing.assert_array_equal(np.concatenate(sequences), built.matrix[table.rows_of(chosen)])
+
+
+def test_normalisation_knows_the_training_patients_only() -> None:
+    table = cohort.simulate(200, seed=4)
+    train, _, _ = table.split()
+    other = replace(table, measured=table.measured.copy())
+    rows = table.rows_of(train)
+    other.measured[~rows] *= 3
+    one, two = features.build(table, train).matrix, features.build(other, train).matrix
+    np.testing.assert_array_equal(one[rows], two[rows])
+    assert not np.array_equal(one[~rows], two[~rows])
+
+
+def test_garbage_in_fio2_is_cut_to_what_a_fraction_can_be(tmp_path: Path) -> None:
+    tables = made_up(3, 30)
+    garbage = [-50.0, 40.0, 4000.0, 0.5, 1.0]
+    for table in tables:
+        table[:, records.MEASURED.index("FiO2")] = np.resize(garbage, len(table))
+    np.savez(tmp_path / "setA.npz", **packed(tables))
+    table = sepsis.read(tmp_path)
+    built = features.build(table, np.ones(30, bool))
+    column = built.matrix[:, records.MEASURED.index("FiO2")]
+    raw = table.measured[:, records.MEASURED.index("FiO2")]
+    assert np.unique(column[raw >= 1]).size == 1
+    assert column[raw == -50].max() < column[raw == 0.5].min() < column[raw >= 1].min()
+
+
+# ---- no look ahead -----------------------------------------------------------------------------------------
+
+
+def cut(table: records.Records, hours: int) -> records.Records:
+    """Every record ends after so many hours."""
+    keep = np.arange(table.label.size) - table.first_row < hours
+    return replace(
+        table, measured=table.measured[keep], background=table.background[keep], clock=table.clock[keep],
+        label=table.label[keep], length=np.minimum(table.length, hours),
+    )  # fmt: skip
+
+
+def disturb(table: records.Records, hours: int) -> records.Records:
+    """After so many hours every value, and which of them is measured, is another."""
+    random = np.random.default_rng(9)
+    later = np.arange(table.label.size) - table.first_row >= hours
+    measured = table.measured.copy()
+    noise = random.normal(0, 300, (later.sum(), measured.shape[1])).astype(np.float32)
+    measured[later] = np.where(random.random(noise.shape) < 0.5, noise, np.nan)
+    return replace(table, measured=measured, label=np.where(later, 1 - table.label, table.label))
+
+
+def test_neither_features_nor_predictions_know_the_future() -> None:
+    """Cut the test records, then disturb their later hours: the hours before stay, to the last bit.
+
+    The training patients are left alone, so that normalisation and weights are the same.
+    """
+    table = cohort.simulate(400, seed=7)
+    train, validation, test = table.split()
+    built = features.build(table, train)
+    models = [study.logistic(table, built, train)]
+    models += [
+        study.recurrent(name, table, built, train, validation, cell=cell, random_state=0, **OPTIONS)
+        for name, cell in study.CELLS.items()
+    ]
+    normalised_alike = table.select(train)
+    sequences = built.sequences(test)
+    for hours in (1, 5, 20):
+        first = np.concatenate([np.arange(len(one)) < hours for one in sequences])
+        for change in (cut, disturb):
+            changed = join(normalised_alike, change(table.select(test), hours))
+            others = np.arange(changed.length.size) >= train.sum()
+            later = features.build(changed, ~others).sequences(others)
+            kept = np.concatenate([np.arange(len(one)) < hours for one in later])
+            for one, other in zip(sequences, later):
+                assert one[:hours].tobytes() == other[:hours].tobytes()
+            for model in models:
+                before, after = model.score(sequences)[first], model.score(later)[kept]
+                assert before.tobytes() == after.tobytes(), (model.name, change.__name__, hours)
+
+
+def join(one: records.Records, other: records.Records) -> records.Records:
+    arrays = ("measured", "background", "clock", "label", "length", "patient", "group", "fold")
+    return replace(
+        one,
+        risk=None,
+        **{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in arrays},
+    )
+
+
+# ---- study and report --------------------------------------------------------------------------------------
+
+
+def test_areas_are_what_they_are_defined_as() -> None:
+    random = np.random.default_rng(0)
+    label = (random.random(300) < 0.2).astype(np.int8)
+    score = np.round(random.normal(0, 1, 300) + label, 1)  # with ties
+    positive, negative = score[label == 1][:, None], score[label == 0]
+    pairs = (positive > negative).mean() + 0.5 * (positive == negative).mean()
+    thresholds = np.unique(score)[::-1]
+    recall = np.array([0.0, *(label[score >= t].sum() / label.sum() for t in thresholds)])
+    precision = np.array([label[score >= t].mean() for t in thresholds])
+    auroc, auprc = study.areas(label, score)
+    assert auroc == pytest.approx(pairs) and auprc == pytest.approx((np.diff(recall) * precision).sum())
+    assert np.isnan(study.areas(np.zeros(3, np.int8), np.arange(3.0))).all()
+
+
+def test_the_demo_prints_its_table_and_writes_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "report"
+    result = sepsis.demo(report=folder, epochs=2, hidden_size=8, patients=400, seed=1)
+    table = {row["model"]: row for row in result.table()}
+    assert list(table) == ["best possible", "logistic regression", "RNN", "GRU", "LSTM"]
+    assert all(row["auroc"] < table["best possible"]["auroc"] for row in result.table()[1:])
+    assert table["LSTM"]["parameters"] == 4 * 8 * (36 + 8 + 2) + 8 + 1
+    assert table["logistic regression"]["parameters"] == 37
+    for name, score in result.scores.items():
+        assert score.dtype == np.float64 and score.shape == result.test.label.shape, name
+        assert not (score < 0).any() and not (score > 1).any() and np.isfinite(score).all(), name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
+    assert list(tmp_path.iterdir()) == [folder]
+    for name in report.FILES[1:]:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "table.csv").read_text().splitlines()
+    assert lines[0] == "model,auroc,auprc,seconds,parameters"
+    assert [line.split(",")[0] for line in lines[1:]] == list(table)
+    printed = capsys.readouterr().out
+    assert sepsis.format_table(result.table()) in printed and f"report: {folder}" in printed
+
+    report.write(result, folder)  # an earlier report is replaced
+    (folder / "mine.txt").write_text("keep me")
+    with pytest.raises(
+        FileExistsError, match=r"expected an empty folder or an earlier report .* holds mine.txt"
+    ):
+        sepsis.demo(report=folder, epochs=1, hidden_size=8, patients=400)
+    assert (folder / "mine.txt").read_text() == "keep me" and len(list(folder.iterdir())) == 6
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = cohort.simulate(300, seed=1)
+    _, _, test = table.split()
+    result = study.Study(table.select(test), {study.BEST: table.risk[table.rows_of(test)]}, [])
+    folder = report.write(result, tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(_: study.Study) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(report, "_patient", fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        report.write(result, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(FileExistsError, match="expected a folder to write the report to; it is a file"):
+        report.write(result, folder / "table.csv")
+
+
+def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> None:
+    nobody = simulated.select(np.isin(simulated.fold, records.TEST_FOLDS))
+    with pytest.raises(
+        ValueError, match=r"training patients: expected hours of label 0 .* got 0 hours, 0 of"
+    ):
+        study.run(nobody)
+
+
+# ---- the real records --------------------------------------------------------------------------------------
+
+real = pytest.mark.skipif(not list(DATA.glob("*.npz")), reason=f"no records in {DATA} (set GATEWISE_DATA)")
+
+
+@pytest.fixture(scope="module")
+def everybody() -> records.Records:
+    return sepsis.read(DATA)
+
+
+@real
+def test_the_real_records_are_those_published(everybody: records.Records) -> None:
+    a, b = (everybody.select(everybody.group == group) for group in "AB")
+    assert (a.length.size, a.label.size, int(a.label.sum())) == (20_336, 790_215, 17_136)
+    assert (b.length.size, b.label.size, int(b.label.sum())) == (20_000, 761_995, 10_780)
+    assert (a.patient[0], b.patient[0], a.length.min(), a.length.max()) == ("p000001", "p100001", 8, 336)
+    missing = np.isnan(a.measured).mean(axis=0)
+    assert missing[records.MEASURED.index("Lactate")] == pytest.approx(0.966, abs=5e-4)
+
+
+@real
+def test_logistic_regression_on_a_fifth_of_the_real_records(everybody: records.Records) -> None:
+    """Between .70 and .80; what knows the length of a record gets past .9."""
+    some = everybody.select(np.isin(everybody.fold, [0, 4, 6, 7]))
+    train, _, test = some.split()
+    built = features.build(some, train)
+    assert np.isfinite(built.matrix).all() and built.names[:34] == records.MEASURED
+    score = study.logistic(some, built, train).score(built.sequences(test))
+    auroc, _ = study.areas(some.label[some.rows_of(test)], score)
+    assert 0.70 < auroc < 0.80
