@@ -319,7 +319,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
         super().__init__(
             cell=cell, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
             dropout=dropout, target=target, learning_rate=learning_rate, weight_decay=weight_decay,
-            max_epochs=max_epochs, batch_size=batch_size, clip_norm=clip_norm,
+            max_epochs=max_epochs, batch_size=batch_size, bucket=bucket, clip_norm=clip_norm,
             validation_fraction=validation_fraction, patience=patience, random_state=random_state,
             dtype=dtype, verbose=verbose, num_threads=num_threads, backend=backend,
         )  # fmt: skip
