@@ -15,7 +15,10 @@ namespace gatewise::binding {
 namespace py = pybind11;
 
 // One axis of an expected shape: its symbol and its size; any size will do where that is negative.
-struct Axis { std::string name; py::ssize_t size; };
+struct Axis {
+  std::string name;
+  py::ssize_t size;
+};
 using Axes = std::initializer_list<Axis>;
 
 template <class T> struct Element;
@@ -66,7 +69,8 @@ inline std::string describe(const Axes& axes) {
 
 inline std::string describe_type(py::handle object) {
   if (py::hasattr(object, "__cuda_array_interface__"))
-    return std::string(Py_TYPE(object.ptr())->tp_name) + " on a CUDA device (no CUDA backend is built; copy it to the CPU first)";
+    return std::string(Py_TYPE(object.ptr())->tp_name) +
+           " on a CUDA device (no CUDA backend is built; copy it to the CPU first)";
   return Py_TYPE(object.ptr())->tp_name;
 }
 
@@ -95,14 +99,17 @@ inline Array open(py::handle object, const char* name, const std::string& expect
   Array array(std::move(opened));
   const Py_buffer& view = array.view();
   const bool contiguous = PyBuffer_IsContiguous(&view, 'C'),
-             aligned = reinterpret_cast<std::uintptr_t>(view.buf) % std::uintptr_t(view.itemsize ? view.itemsize : 1) == 0;
+             aligned =
+                 reinterpret_cast<std::uintptr_t>(view.buf) % std::uintptr_t(view.itemsize ? view.itemsize : 1) == 0;
   if (contiguous && aligned && !(writable && view.readonly)) return array;
-  fail(name, expected, describe_dtype(object, view) + " " + join(view) + (contiguous ? "" : ", not C-contiguous") +
-                           (aligned ? "" : ", not aligned") + (writable && view.readonly ? ", read-only" : ""));
+  fail(name, expected,
+       describe_dtype(object, view) + " " + join(view) + (contiguous ? "" : ", not C-contiguous") +
+           (aligned ? "" : ", not aligned") + (writable && view.readonly ? ", read-only" : ""));
 }
 
 template <class T> Array borrow(py::handle object, const char* name, const Axes& axes, bool writable = false) {
-  const std::string expected = std::string(Element<T>::name) + " " + describe(axes) + ", C-contiguous" + (writable ? ", writable" : "");
+  const std::string expected =
+      std::string(Element<T>::name) + " " + describe(axes) + ", C-contiguous" + (writable ? ", writable" : "");
   Array array = open(object, name, expected, writable);
   const Py_buffer& view = array.view();
   bool fits = array.is(Element<T>::formats) && view.ndim == int(axes.size());

@@ -9,8 +9,7 @@
 #include "array.hpp"
 #include "gatewise/gatewise.hpp"
 
-namespace gatewise::binding {
-namespace {
+namespace gatewise::binding { namespace {
 
 const Kernels& find_cell(const ArchKernels& kernels, py::handle cell) {
   const std::string name = py::isinstance<py::str>(cell) ? cell.cast<std::string>() : "";
@@ -53,7 +52,8 @@ class LayerProblem {
     Array first = open(x, "x", expected, false);
     is_double = first.is("d");
     if (!is_double && !first.is("f")) fail("x", expected, describe_dtype(x, first.view()) + " " + join(first.view()));
-    is_double ? borrow_all<double>(x, w_ih, w_hh, b_ih, b_hh, h0, c0) : borrow_all<float>(x, w_ih, w_hh, b_ih, b_hh, h0, c0);
+    is_double ? borrow_all<double>(x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+              : borrow_all<float>(x, w_ih, w_hh, b_ih, b_hh, h0, c0);
     copy_lengths(lengths);
     const double largest = double(count_rows()) * (kernels.info.S + 2) * double(dims.H + 64) * 8;
     if (largest > 0x1p62 || double(dims.T) > 0x1p48 || double(dims.N) > 0x1p48) throw std::bad_alloc();
@@ -62,7 +62,8 @@ class LayerProblem {
   template <class T> Problem<T> problem() const {
     return {dims,
             {w_ih_.data<const T>(), w_hh_.data<const T>(), b_ih_.data<const T>(), b_hh_.data<const T>()},
-            {x_.data<const T>(), h0_.data<const T>(), c0_.data<const T>(), has_lengths_ ? lengths_.data() : nullptr, reverse_}};
+            {x_.data<const T>(), h0_.data<const T>(), c0_.data<const T>(), has_lengths_ ? lengths_.data() : nullptr,
+             reverse_}};
   }
   template <class T> const CellKernels<T>& cell() const {
     if constexpr (sizeof(T) == 4) return kernels.f32;
@@ -87,8 +88,8 @@ class LayerProblem {
   Array x_, w_ih_, w_hh_, b_ih_, b_hh_, h0_, c0_;
   std::vector<Index> lengths_;  // a copy: these steer addresses, and the caller may change its array
 
-  template <class T>
-  void borrow_all(py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh, py::handle h0, py::handle c0) {
+  template <class T> void borrow_all(py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
+                                     py::handle h0, py::handle c0) {
     const int G = kernels.info.G;
     const std::string gates = G == 1 ? "H" : std::to_string(G) + "*H";
     x_ = borrow<T>(x, "x", {{"T", -1}, {"N", -1}, {"I", -1}});
@@ -148,27 +149,27 @@ int check_threads(int threads) {
   return threads;
 }
 
-template <class T>
-void run_forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
-                 py::handle scratch, int threads) {
+template <class T> void run_forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
+                                    py::handle states, py::handle scratch, int threads) {
   const Shapes<T> s{p};
   const Sizes sizes = p.sizes();
   const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
               cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", sizes.saved, true),
-              states_ = s.buffer(states, "states", sizes.states, true), scratch_ = borrow_scratch(scratch, sizes.forward_scratch);
+              states_ = s.buffer(states, "states", sizes.states, true),
+              scratch_ = borrow_scratch(scratch, sizes.forward_scratch);
   require(cn, "cn", has_c, kNoC);
   require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
-  const Forward<T> call{p.problem<T>(), y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(), states_.data<T>(),
-                        scratch_.data<void>(), check_threads(threads)};
+  const Forward<T> call{p.problem<T>(),   y_.data<T>(),      hn_.data<T>(),         cn_.data<T>(),
+                        saved_.data<T>(), states_.data<T>(), scratch_.data<void>(), check_threads(threads)};
   const py::gil_scoped_release release;
   p.cell<T>().forward(call);
 }
 
-template <class T>
-void run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
-                  py::handle dcn, py::handle dx, py::handle dh0, py::handle dc0, py::handle dw_ih, py::handle dw_hh,
-                  py::handle db_ih, py::handle db_hh, py::handle scratch, int threads) {
+template <class T> void run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
+                                     py::handle dy, py::handle dhn, py::handle dcn, py::handle dx, py::handle dh0,
+                                     py::handle dc0, py::handle dw_ih, py::handle dw_hh, py::handle db_ih,
+                                     py::handle db_hh, py::handle scratch, int threads) {
   const Shapes<T> s{p};
   const Sizes sizes = p.sizes();
   const bool has_c = p.kernels.info.has_c;
@@ -200,7 +201,10 @@ template <class T> void check_incoming(const LayerProblem& p, py::handle dy, py:
 
 template <class T> void run_map(const Functions<T>& functions, const std::string& name, py::handle x, py::handle y) {
   const Array x_ = borrow<T>(x, "x", {{"elements", -1}}), y_ = borrow<T>(y, "y", {{"elements", x_.size(0)}}, true);
-  const Map<T> map = name == "exp" ? functions.exp : name == "tanh" ? functions.tanh : name == "sigmoid" ? functions.sigmoid : nullptr;
+  const Map<T> map = name == "exp"       ? functions.exp
+                     : name == "tanh"    ? functions.tanh
+                     : name == "sigmoid" ? functions.sigmoid
+                                         : nullptr;
   if (map == nullptr) throw py::value_error("function: expected one of exp, tanh, sigmoid; got '" + name + "'");
   const py::gil_scoped_release release;
   map(x_.data<T>(), y_.data<T>(), std::size_t(x_.size(0)));
@@ -216,7 +220,8 @@ py::object evaluate(const std::string& function, py::object x, const std::string
 
 py::list list_archs() {
   py::list list;
-  for (const Arch* arch = archs().begin; arch != archs().end; ++arch) list.append(py::make_tuple(arch->name, arch->runs_here()));
+  for (const Arch* arch = archs().begin; arch != archs().end; ++arch)
+    list.append(py::make_tuple(arch->name, arch->runs_here()));
   return list;
 }
 
@@ -225,7 +230,8 @@ py::dict list_cells() {
   const ArchKernels& any = *(archs().end - 1)->kernels;
   for (int i = 0; i < any.cell_count; ++i) {
     const CellInfo& c = any.cells[i].info;
-    cells[c.name] = py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("has_c") = c.has_c, py::arg("split") = c.split);
+    cells[c.name] =
+        py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("has_c") = c.has_c, py::arg("split") = c.split);
   }
   return cells;
 }
@@ -243,10 +249,10 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
 
   py::class_<LayerProblem>(m, "Problem")
-      .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
-                    py::object>(),
-           py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"), py::arg("h0"),
-           py::arg("c0"), py::arg("lengths"), py::arg("reverse"))
+      .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
+                    py::object, py::object>(),
+           py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"),
+           py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"))
       .def_property_readonly("cell", [](const LayerProblem& p) { return p.kernels.info.name; })
       .def_property_readonly("arch", [](const LayerProblem& p) { return p.arch.name; })
       .def_property_readonly("dtype", [](const LayerProblem& p) { return p.is_double ? "float64" : "float32"; })
@@ -259,31 +265,45 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def_property_readonly("has_c", [](const LayerProblem& p) { return p.kernels.info.has_c; })
       .def_property_readonly("lanes", &LayerProblem::lanes)
       .def_property_readonly("rows", &LayerProblem::count_rows)
-      .def_property_readonly("sizes", [](const LayerProblem& p) {
-        const Sizes s = p.sizes();
-        return py::make_tuple(s.saved, s.states, s.forward_scratch, s.backward_scratch);
-      })
-      .def("write_rows", [](const LayerProblem& p, py::handle rows) {
-        const Array out = borrow<Index>(rows, "rows", {{"rows", p.count_rows()}}, true);
-        p.typed([&](auto zero) { row_order(p.problem<decltype(zero)>(), out.data<Index>()); });
-      }, py::arg("rows"))
-      .def("check_incoming", [](const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {
-        p.typed([&](auto zero) { check_incoming<decltype(zero)>(p, dy, dhn, dcn); });
-      }, py::arg("dy"), py::arg("dhn"), py::arg("dcn"));
+      .def_property_readonly("sizes",
+                             [](const LayerProblem& p) {
+                               const Sizes s = p.sizes();
+                               return py::make_tuple(s.saved, s.states, s.forward_scratch, s.backward_scratch);
+                             })
+      .def(
+          "write_rows",
+          [](const LayerProblem& p, py::handle rows) {
+            const Array out = borrow<Index>(rows, "rows", {{"rows", p.count_rows()}}, true);
+            p.typed([&](auto zero) { row_order(p.problem<decltype(zero)>(), out.data<Index>()); });
+          },
+          py::arg("rows"))
+      .def(
+          "check_incoming",
+          [](const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {
+            p.typed([&](auto zero) { check_incoming<decltype(zero)>(p, dy, dhn, dcn); });
+          },
+          py::arg("dy"), py::arg("dhn"), py::arg("dcn"));
 
-  m.def("forward", [](const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
-                      py::handle scratch, int threads) {
-    p.typed([&](auto zero) { run_forward<decltype(zero)>(p, y, hn, cn, saved, states, scratch, threads); });
-  }, py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"), py::arg("scratch"),
-     py::arg("threads"));
+  m.def(
+      "forward",
+      [](const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
+         py::handle scratch, int threads) {
+        p.typed([&](auto zero) { run_forward<decltype(zero)>(p, y, hn, cn, saved, states, scratch, threads); });
+      },
+      py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),
+      py::arg("scratch"), py::arg("threads"));
 
-  m.def("backward", [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
-                       py::handle dcn, py::handle dx, py::handle dh0, py::handle dc0, py::handle dw_ih, py::handle dw_hh,
-                       py::handle db_ih, py::handle db_hh, py::handle scratch, int threads) {
-    p.typed([&](auto zero) {
-      run_backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, scratch, threads);
-    });
-  }, py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"), py::arg("dcn"),
-     py::arg("dx"), py::arg("dh0"), py::arg("dc0"), py::arg("dw_ih"), py::arg("dw_hh"), py::arg("db_ih"), py::arg("db_hh"),
-     py::arg("scratch"), py::arg("threads"));
+  m.def(
+      "backward",
+      [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
+         py::handle dcn, py::handle dx, py::handle dh0, py::handle dc0, py::handle dw_ih, py::handle dw_hh,
+         py::handle db_ih, py::handle db_hh, py::handle scratch, int threads) {
+        p.typed([&](auto zero) {
+          run_backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh,
+                                       scratch, threads);
+        });
+      },
+      py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),
+      py::arg("dcn"), py::arg("dx"), py::arg("dh0"), py::arg("dc0"), py::arg("dw_ih"), py::arg("dw_hh"),
+      py::arg("db_ih"), py::arg("db_hh"), py::arg("scratch"), py::arg("threads"));
 }

@@ -18,8 +18,14 @@ struct Dual {
 inline Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
 inline Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
 inline Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.slope * b.value + a.value * b.slope}; }
-inline Dual tanh(Dual a) { const double y = std::tanh(a.value); return {y, a.slope * (1 - y * y)}; }
-inline Dual sigmoid(Dual a) { const double y = 1 / (1 + std::exp(-a.value)); return {y, a.slope * y * (1 - y)}; }
+inline Dual tanh(Dual a) {
+  const double y = std::tanh(a.value);
+  return {y, a.slope * (1 - y * y)};
+}
+inline Dual sigmoid(Dual a) {
+  const double y = 1 / (1 + std::exp(-a.value));
+  return {y, a.slope * y * (1 - y)};
+}
 inline Dual relu(Dual a) { return a.value < 0 ? Dual(0, 0) : a; }
 
 }}  // namespace gatewise::GATEWISE_ARCH
@@ -51,7 +57,10 @@ template <class Cell> double worst_error() {
       const State<Dual> state{Dual(prev.h, input == 2 * G), Dual(prev.c, input == 2 * G + 1)};
       const State<Dual> result = Cell::forward(x, h, state, kept);
       const double expected = d.h * result.h.slope + d.c * result.c.slope;
-      const double returned = input < G ? dgx[input] : input < 2 * G ? dgh[input - G] : input == 2 * G ? before.h : before.c;
+      const double returned = input < G        ? dgx[input]
+                              : input < 2 * G  ? dgh[input - G]
+                              : input == 2 * G ? before.h
+                                               : before.c;
       const double error = std::fabs(returned - expected);
       worst = error <= worst ? worst : error;  // NaN is an error too
     }

@@ -139,9 +139,7 @@ def run(
     tape = tape_of(problem, inputs, backend, num_threads)
     results = {"y": tape.y, "hn": tape.hn, "cn": tape.cn}
     if "infer" not in problem.options:
-        grads = gw.functional.backward(
-            tape, inputs.dy, inputs.dhn, inputs.dcn, wanted=wanted, num_threads=num_threads
-        )
+        grads = gw.functional.backward(tape, inputs.dy, inputs.dhn, inputs.dcn, wanted=wanted, num_threads=num_threads)
         results |= {"gates": tape.gates, "c": tape.c, **grads._asdict()}
     return {name: array for name, array in results.items() if array is not None}
 
@@ -286,10 +284,7 @@ BITING = [
             "empty,reverse,h0",
         )
     ),
-    *(
-        f"T6,N4,I5,H11:dtype:{options}"
-        for options in ("saturated,h0", "zeros,h0", "zeros,nobias", "infer,h0,lengths")
-    ),
+    *(f"T6,N4,I5,H11:dtype:{options}" for options in ("saturated,h0", "zeros,h0", "zeros,nobias", "infer,h0,lengths")),
 ]
 
 

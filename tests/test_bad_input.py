@@ -14,7 +14,7 @@ import pytest
 import gatewise as gw
 from gatewise import _core, functional
 
-T, N, I, H = 4, 3, 5, 6  # noqa: E741
+T, N, I, H = 4, 3, 5, 6
 CALLS = {"rnn_tanh": gw.rnn, "lstm": gw.lstm, "gru": gw.gru}
 GATES = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
 
@@ -119,20 +119,14 @@ def test_weights_that_do_not_belong_together(cell):
     G, call = GATES[cell], CALLS[cell]
     good = arguments(cell)
     wide = np.zeros((G * H, I + 1), np.float32)
-    refused(
-        call, {**good, "w_ih": wide}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H}, {I + 1}\)"
-    )
+    refused(call, {**good, "w_ih": wide}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H}, {I + 1}\)")
     short = np.zeros((G * H - 1, I), np.float32)
-    refused(
-        call, {**good, "w_ih": short}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H - 1}, {I}\)"
-    )
+    refused(call, {**good, "w_ih": short}, "^w_ih: expected", rf"\({G * H}, {I}\)", rf"got .*\({G * H - 1}, {I}\)")
     refused(call, {**good, "x": good["x"][:, :, :-1].copy()}, "^w_ih: expected", rf"\({G * H}, {I - 1}\)")
     square = np.zeros((G * H + 1, H), np.float32)
     refused(call, {**good, "w_hh": square}, "^w_hh: expected", r"H\)", rf"got .*\({G * H + 1}, {H}\)")
     if G > 1:  # the weights of an RNN are no LSTM's
-        refused(
-            call, {**good, "w_hh": np.zeros((H, H), np.float32)}, "^w_hh: expected", rf"got .*\({H}, {H}\)"
-        )
+        refused(call, {**good, "w_hh": np.zeros((H, H), np.float32)}, "^w_hh: expected", rf"got .*\({H}, {H}\)")
 
 
 LAYOUTS = {
@@ -182,9 +176,7 @@ def test_something_that_is_no_array(cell, name, make, kind):
     if name not in kwargs:
         return
     kwargs[name] = make(kwargs[name])
-    refused(
-        CALLS[cell], kwargs, f"^{name}: expected float32 ", f"got .*{kind}", error=(ValueError, TypeError)
-    )
+    refused(CALLS[cell], kwargs, f"^{name}: expected float32 ", f"got .*{kind}", error=(ValueError, TypeError))
 
 
 @pytest.mark.parametrize("name", ["x", "w_ih", "w_hh"])
@@ -340,9 +332,7 @@ def test_an_unknown_backend_lists_the_known_ones(monkeypatch):
 
 
 def test_a_backend_that_is_not_a_name():
-    refused(
-        gw.lstm, {**arguments(), "backend": 3}, "^backend: expected", "got 3", error=(ValueError, TypeError)
-    )
+    refused(gw.lstm, {**arguments(), "backend": 3}, "^backend: expected", "got 3", error=(ValueError, TypeError))
 
 
 def test_an_unknown_arch_lists_the_known_ones(monkeypatch):
@@ -511,9 +501,7 @@ def test_a_forward_pass_that_kept_nothing():
 def test_an_unknown_gradient_lists_the_known_ones(wanted):
     tape = taped("gru")
     kwargs = {"tape": tape, "wanted": wanted}
-    refused(
-        functional.backward, kwargs, "^wanted: expected", "dx", "dw_ih", "got ", error=(ValueError, TypeError)
-    )
+    refused(functional.backward, kwargs, "^wanted: expected", "dx", "dw_ih", "got ", error=(ValueError, TypeError))
 
 
 def test_a_bias_that_was_not_given_has_the_gradient_of_zeros():

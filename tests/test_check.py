@@ -64,9 +64,7 @@ def test_a_relative_fault_of_a_millionth_is_a_miss(rng):
     def wrong(params, dy):
         return {name: grad * (1 + 1e-6) for name, grad in d_dense(params, dy).items()}
 
-    assert not any(
-        error <= 1e-8 for error in check.gradients((dense, wrong), dense_params(rng)).errors.values()
-    )
+    assert not any(error <= 1e-8 for error in check.gradients((dense, wrong), dense_params(rng)).errors.values())
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -90,9 +88,7 @@ def test_a_gradient_of_zeros_where_there_is_a_slope_is_a_miss(rng):
     def wrong(params, dy):
         return {name: np.zeros_like(grad) for name, grad in d_dense(params, dy).items()}
 
-    assert not any(
-        error <= 0.5 for error in check.gradients((dense, wrong), dense_params(rng)).errors.values()
-    )
+    assert not any(error <= 0.5 for error in check.gradients((dense, wrong), dense_params(rng)).errors.values())
 
 
 def test_an_invented_gradient_where_there_is_no_slope_is_a_miss():
@@ -186,9 +182,7 @@ def test_every_layer_passes(rng, kind):
 
 
 def test_batch_first_and_no_state(rng):
-    assert check.gradients(
-        gw.GRU(3, 4, dtype=np.float64, batch_first=True, bias=False), rng.standard_normal((2, 6, 3))
-    )
+    assert check.gradients(gw.GRU(3, 4, dtype=np.float64, batch_first=True, bias=False), rng.standard_normal((2, 6, 3)))
 
 
 @pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l1_reverse", "bias_hh_l0_reverse", "x", "state"])

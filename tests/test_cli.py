@@ -89,9 +89,7 @@ def test_info_imports_nothing_heavy():
         cli.main(["info"])
         print(sorted({"numba", "llvmlite", "torch", "sklearn", "scipy", "matplotlib"} & set(sys.modules)))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -111,17 +109,10 @@ def test_check_prints_the_matrix_and_a_summary(capsys):
     for arch in archs:
         for dtype in ("float32", "float64"):
             for option in check.QUICK:
-                (line,) = (
-                    line
-                    for line in lines
-                    if f"cpu[{arch}]" in line and dtype in line and f" {option} " in line
-                )
+                (line,) = (line for line in lines if f"cpu[{arch}]" in line and dtype in line and f" {option} " in line)
                 assert line.startswith("gru ") and line.endswith(" ok")
         for name in ("exp", "tanh", "sigmoid"):
-            assert (
-                sum(line.startswith(name) and f" {arch} " in line and line.endswith(" ok") for line in lines)
-                == 2
-            )
+            assert sum(line.startswith(name) and f" {arch} " in line and line.endswith(" ok") for line in lines) == 2
     count = len(archs) * (2 * len(check.QUICK) + 6)
     assert lines[-1].startswith(f"{count} of {count} ")
 
@@ -199,16 +190,12 @@ def test_demo_passes_on_what_was_given_and_nothing_else(capsys, demo):
 
 def test_demo_on_a_folder_that_is_not_there(capsys, tmp_path):
     pytest.importorskip("sklearn"), pytest.importorskip("matplotlib"), pytest.importorskip("tqdm")
-    code, _, err = run(
-        capsys, "demo", "--data", str(tmp_path / "nowhere"), "--report", str(tmp_path / "report")
-    )
+    code, _, err = run(capsys, "demo", "--data", str(tmp_path / "nowhere"), "--report", str(tmp_path / "report"))
     assert code == 2 and "nowhere" in one_sentence(err)
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["frobnicate"], ["check", "--frobnicate"], ["demo", "--epochs", "many"]]
-)
+@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["check", "--frobnicate"], ["demo", "--epochs", "many"]])
 def test_a_command_that_does_not_exist(capsys, argv):
     code, out, err = run(capsys, *argv)
     assert code == 2 and out == "" and err.startswith("usage: gatewise")

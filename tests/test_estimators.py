@@ -244,9 +244,9 @@ def test_missing_targets_influence_nothing():
         )
         assert_equal_fits(missing, weighted)
         np.testing.assert_array_equal(weighted.classes_, [0, 1])
-        assert weighted.score(
-            X, [np.where(h, value, v) for h, v in zip(holes, y)], sample_weight=weights
-        ) == (missing.score(X, [np.where(h, np.nan, v) for h, v in zip(holes, y)]))
+        assert weighted.score(X, [np.where(h, value, v) for h, v in zip(holes, y)], sample_weight=weights) == (
+            missing.score(X, [np.where(h, np.nan, v) for h, v in zip(holes, y)])
+        )
 
 
 @pytest.mark.parametrize("kind", ["step", "sequence"])
@@ -275,9 +275,9 @@ def test_one_of_several_outputs_may_be_missing():
         weights = np.ones(30)
         weights[0] = 0
         fits.append(
-            SequenceRegressor(
-                **{**SMALL, "max_epochs": 60, "validation_fraction": 0}, learning_rate=0.02
-            ).fit(X, z, None, weights)
+            SequenceRegressor(**{**SMALL, "max_epochs": 60, "validation_fraction": 0}, learning_rate=0.02).fit(
+                X, z, None, weights
+            )
         )
     assert_equal_fits(*fits)
     assert np.isfinite(fits[0].predict(X)).all()
@@ -325,9 +325,7 @@ def test_validation_data_chooses_the_weights_and_all_of_X_is_trained_on():
     losses = [h["val_loss"] for h in model.history_]
     assert len(losses) == int(np.argmin(losses)) + 1 + 3
     p = np.concatenate(model.predict_proba(V)).astype(np.float64)
-    np.testing.assert_allclose(
-        -np.log(p[np.arange(len(p)), np.concatenate(v)]).mean(), min(losses), rtol=1e-5
-    )
+    np.testing.assert_allclose(-np.log(p[np.arange(len(p)), np.concatenate(v)]).mean(), min(losses), rtol=1e-5)
     V_padded, lengths = padded(V, 0)
     again = SequenceClassifier(**{**SMALL, "max_epochs": 200}, learning_rate=0.05, patience=3)
     assert_equal_fits(model, again.fit(X, y, validation_data=(V_padded, padded(v, 0)[0], lengths)))

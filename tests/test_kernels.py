@@ -138,9 +138,7 @@ def rows(inputs: Inputs, index: Any) -> Inputs:
     """Some sequences of a batch, in some order."""
     picked = {k: getattr(inputs, k)[:, index] for k in ("x", "dy")}
     picked |= {
-        k: getattr(inputs, k)[index]
-        for k in ("h0", "c0", "dhn", "dcn", "lengths")
-        if getattr(inputs, k) is not None
+        k: getattr(inputs, k)[index] for k in ("h0", "c0", "dhn", "dcn", "lengths") if getattr(inputs, k) is not None
     }
     return inputs._replace(**{k: np.ascontiguousarray(v) for k, v in picked.items()})
 
@@ -237,14 +235,10 @@ def test_missing_gradients_are_zeros(cell: str, arch: str) -> None:
     incoming = [inputs.dy, inputs.dhn, inputs.dcn]
     for given_ in ((0,), (1,), (2,), (0, 1), (1, 2), ()):
         some = [a if k in given_ else None for k, a in enumerate(incoming)]
-        zeros = [
-            None if a is None else a if k in given_ else np.zeros_like(a) for k, a in enumerate(incoming)
-        ]
+        zeros = [None if a is None else a if k in given_ else np.zeros_like(a) for k, a in enumerate(incoming)]
         without, with_zeros = (gw.functional.backward(tape, *g)._asdict() for g in (some, zeros))
         for name in without:
-            assert (
-                np.array_equal(without[name], with_zeros[name]) or without[name] is with_zeros[name] is None
-            ), name
+            assert np.array_equal(without[name], with_zeros[name]) or without[name] is with_zeros[name] is None, name
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -259,9 +253,7 @@ def test_tape_and_inputs_survive(cell: str, arch: str) -> None:
             return {k: v for k in ("y", "hn", "cn", "gates", "c") if (v := getattr(tape, k)) is not None}
 
         before = {name: array.copy() for name, array in shown(tape).items()}
-        first, second = (
-            gw.functional.backward(tape, inputs.dy, inputs.dhn, inputs.dcn)._asdict() for _ in range(2)
-        )
+        first, second = (gw.functional.backward(tape, inputs.dy, inputs.dhn, inputs.dcn)._asdict() for _ in range(2))
         assert_equal_bits(before, shown(tape))
         assert_equal_bits(*({k: v for k, v in g.items() if v is not None} for g in (first, second)))
         assert_equal_bits(*({k: v for k, v in i._asdict().items() if v is not None} for i in (inputs, kept)))

@@ -62,9 +62,7 @@ def test_forward_and_every_gradient_equal_torch(cell, options, packed):
     state_torch = tuple(torch.tensor(s, requires_grad=True) for s in state)
     sequence = x_torch
     if packed:
-        sequence = torch.nn.utils.rnn.pack_padded_sequence(
-            x_torch, torch.tensor(LENGTHS), ours.batch_first, False
-        )
+        sequence = torch.nn.utils.rnn.pack_padded_sequence(x_torch, torch.tensor(LENGTHS), ours.batch_first, False)
     out, last = theirs(sequence, state_torch if ours.has_c else state_torch[0])
     if packed:
         out, _ = torch.nn.utils.rnn.pad_packed_sequence(out, ours.batch_first)
@@ -146,9 +144,7 @@ def test_saved_layer_comes_back_and_torch_can_read_it(tmp_path):
     for loaded in (LSTM.load(path), Layer.load(path)):
         assert repr(loaded).partition("(")[2] == repr(ours).partition("(")[2]
         x = numbers((N, T, I), 2)
-        np.testing.assert_array_equal(
-            loaded.forward(x, training=False)[0], ours.forward(x, training=False)[0]
-        )
+        np.testing.assert_array_equal(loaded.forward(x, training=False)[0], ours.forward(x, training=False)[0])
     theirs.load_state_dict(safetensors_torch.load_file(path))
     with pytest.raises(ValueError, match="expected a layer of gru; got lstm"):
         GRU.load(path)
@@ -238,9 +234,7 @@ def test_bad_states_and_gradients_are_named():
         lstm.forward(x, h)
     with pytest.raises(ValueError, match="state: expected one array h"):
         gru.forward(x, (h, h))
-    with pytest.raises(
-        ValueError, match=r"state: expected c of shape \(L\*D, N, H\) with L\*D = 2; got \(3, 5, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"state: expected c of shape \(L\*D, N, H\) with L\*D = 2; got \(3, 5, 4\)"):
         lstm.forward(x, (h, np.zeros((3, N, H), np.float32)))
     with pytest.raises(ValueError):
         lstm.forward(x, (h[:, :3].copy(), h[:, :3].copy()))  # N, told by the kernels' own door

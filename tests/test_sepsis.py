@@ -132,9 +132,7 @@ HEADER = "|".join(records.COLUMNS)
         (b"\xff\xfe\x00", "expected text separated by |; got a byte that is no ASCII at 0"),
     ],
 )
-def test_a_bad_psv_file_is_named_with_what_was_expected_and_got(
-    tmp_path: Path, text: bytes, sentence: str
-) -> None:
+def test_a_bad_psv_file_is_named_with_what_was_expected_and_got(tmp_path: Path, text: bytes, sentence: str) -> None:
     write_psv(tmp_path / "training_setA/p000001.psv", GOOD)
     bad = tmp_path / "training_setA/p000002.psv"
     bad.write_bytes(text)
@@ -174,9 +172,7 @@ def test_a_truncated_or_damaged_archive_is_a_sentence(tmp_path: Path) -> None:
     np.savez_compressed(path, **packed(made_up(0, 20)))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        ValueError, match=r"setA.npz: expected a readable .npz archive; got a file that is no zip"
-    ):
+    with pytest.raises(ValueError, match=r"setA.npz: expected a readable .npz archive; got a file that is no zip"):
         sepsis.read(tmp_path)
     damaged = bytearray(whole)
     damaged[200:260] = bytes(60)  # inside the first array
@@ -417,9 +413,7 @@ def test_areas_are_what_they_are_defined_as() -> None:
     assert np.isnan(study.areas(np.zeros(3, np.int8), np.arange(3.0))).all()
 
 
-def test_the_demo_prints_its_table_and_writes_its_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_prints_its_table_and_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "report"
     result = sepsis.demo(report=folder, epochs=2, hidden_size=8, patients=400, seed=1)
     table = {row["model"]: row for row in result.table()}
@@ -442,9 +436,7 @@ def test_the_demo_prints_its_table_and_writes_its_report(
 
     report.write(result, folder)  # an earlier report is replaced
     (folder / "mine.txt").write_text("keep me")
-    with pytest.raises(
-        FileExistsError, match=r"expected an empty folder or an earlier report .* holds mine.txt"
-    ):
+    with pytest.raises(FileExistsError, match=r"expected an empty folder or an earlier report .* holds mine.txt"):
         sepsis.demo(report=folder, epochs=1, hidden_size=8, patients=400)
     assert (folder / "mine.txt").read_text() == "keep me" and len(list(folder.iterdir())) == 6
 
@@ -470,9 +462,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch:
 
 def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> None:
     nobody = simulated.select(np.isin(simulated.fold, records.TEST_FOLDS))
-    with pytest.raises(
-        ValueError, match=r"training patients: expected hours of label 0 .* got 0 hours, 0 of"
-    ):
+    with pytest.raises(ValueError, match=r"training patients: expected hours of label 0 .* got 0 hours, 0 of"):
         study.run(nobody)
 
 

@@ -33,9 +33,7 @@ def targets_for(loss, shape, random):
     return random.integers(0, 2, shape).astype(float) if loss == "binary" else random.standard_normal(shape)
 
 
-def problem(
-    loss="binary", per_step=True, N=7, seed=0, dtype="float64", layers=1, bidirectional=False, missing=0.3
-):
+def problem(loss="binary", per_step=True, N=7, seed=0, dtype="float64", layers=1, bidirectional=False, missing=0.3):
     """A network and sequences of lengths 1..6 with random weights, a part of them 0."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 7, N)
@@ -140,9 +138,7 @@ def test_a_row_of_the_head_does_not_depend_on_the_rows_beside_it():
         head = Linear(101, K, dtype=np.float32, random=random)
         x = random.standard_normal((97, 101)).astype(np.float32)
         z = head.forward(x)
-        np.testing.assert_allclose(
-            z, x.astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias, atol=1e-5
-        )
+        np.testing.assert_allclose(z, x.astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias, atol=1e-5)
         for start, stop in ((0, 1), (0, 33), (13, 97), (96, 97)):
             np.testing.assert_array_equal(head.forward(x[start:stop].copy()), z[start:stop])
 
@@ -169,9 +165,7 @@ def test_gradient_of_the_whole_loss_by_finite_differences(loss, per_step, struct
             values.append(network.gradients(batch, targets, weights)[0])
         slope = np.vdot(gradients[name], direction)
         assert slope != 0, name
-        np.testing.assert_allclose(
-            (values[0] - values[1]) / (2 * step), slope, rtol=1e-6, atol=1e-8, err_msg=name
-        )
+        np.testing.assert_allclose((values[0] - values[1]) / (2 * step), slope, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
 def test_dropout_before_the_head_scales_its_gradient_with_the_same_mask():
@@ -207,9 +201,7 @@ def test_a_batch_holds_what_its_index_says(per_step):
     assert batch.x.dtype == np.float32
     np.testing.assert_array_equal(batch.x[:, :, 0].T, [[20, 21, 22, 23], [0, 1, 2, 0], [10, 0, 0, 0]])
     if per_step:
-        np.testing.assert_array_equal(
-            flat[batch.source, 0], [20, 21, 22, 23, 0, 2, 10]
-        )  # step 1 of 0 has weight 0
+        np.testing.assert_array_equal(flat[batch.source, 0], [20, 21, 22, 23, 0, 2, 10])  # step 1 of 0 has weight 0
         np.testing.assert_array_equal(batch.x.reshape(-1)[batch.rows], flat[batch.source, 0])
     else:
         np.testing.assert_array_equal(batch.source, [2, 0])

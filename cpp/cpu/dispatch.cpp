@@ -11,8 +11,10 @@
 namespace gatewise {
 
 // The build defines GATEWISE_HAS_<arch> for every arch that it compiled.
-#define GATEWISE_DECLARE(arch) \
-  namespace arch { extern const ArchKernels kernels; }
+#define GATEWISE_DECLARE(arch)      \
+  namespace arch {                  \
+  extern const ArchKernels kernels; \
+  }
 #ifdef GATEWISE_HAS_AVX512
 GATEWISE_DECLARE(avx512)
 #endif

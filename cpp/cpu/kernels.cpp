@@ -20,15 +20,16 @@ template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {
 }
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {
-  static constexpr Kernels rows[] = {
-      {{Cell::name, Cell::G, Cell::S, Cell::has_c, Cell::split}, cell_kernels<Cell, float>(), cell_kernels<Cell, double>()}...};
+  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::has_c, Cell::split},
+                                      cell_kernels<Cell, float>(),
+                                      cell_kernels<Cell, double>()}...};
 };
 
 }  // namespace
 
 extern const ArchKernels kernels;
-const ArchKernels kernels = {Table<Cells>::rows,  int(sizeof(Table<Cells>::rows) / sizeof(Kernels)),
-                             functions<float>(),  functions<double>(),
-                             Vec<float>::width,   Vec<double>::width};
+const ArchKernels kernels = {Table<Cells>::rows, int(sizeof(Table<Cells>::rows) / sizeof(Kernels)),
+                             functions<float>(), functions<double>(),
+                             Vec<float>::width,  Vec<double>::width};
 
 }}  // namespace gatewise::GATEWISE_ARCH

@@ -40,7 +40,10 @@ constexpr Index kChunkBytes = 2 << 20, kLeastChunkRows = 256, kMostChunkRows = 2
 
 // How a team shares the steps of a sequence.
 enum class Sharing { alone, rows, panels };
-struct Plan { Sharing sharing; int threads; };
+struct Plan {
+  Sharing sharing;
+  int threads;
+};
 
 // Handing a job to another thread costs some microseconds, and so does a barrier in every step.
 template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
@@ -112,19 +115,19 @@ template <class T> void zero_padding(const Problem<T>& p, T* array, Index width,
 
 template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   using Base = Pass<Cell, T>;
+  using Base::d, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
   using typename Base::Facts;
   using typename Base::V;
-  using Base::d, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
 
   Forward<T> call;
   T *w_ih, *w_hh, *bias;  // packed; bias [P][G + 1][W]: what is added to gx, and to gh of a split cell's last gate
   T* gx;
-  T* states;              // the tape's, or only the current ones
+  T* states;  // the tape's, or only the current ones
   Index states_stride;
 
   ForwardPass(const Forward<T>& call, Arena& arena)
-      : Base(call.problem, arena, call.threads), call(call),
-        w_ih(arena.take<T>(P * G * W * d.I)), w_hh(arena.take<T>(P * G * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
+      : Base(call.problem, arena, call.threads), call(call), w_ih(arena.take<T>(P * G * W * d.I)),
+        w_hh(arena.take<T>(P * G * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
         gx(arena.take<T>(P * this->chunk_capacity() * G * W)), states(call.states), states_stride(this->state_rows()) {
     if (!Cell::has_c) return;
     T* current = arena.take<T>(P * d.N * W);
@@ -165,8 +168,10 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
             const Index p = q * Facts::group + b;
             const T* product = tile.numbers + (r * panels + b) * G * W;
             T* out = gx + (p * this->chunk_capacity() + row + r - chunk) * G * W;
-            GATEWISE_UNROLL for (int g = 0; g < G; ++g)
+            GATEWISE_UNROLL
+            for (int g = 0; g < G; ++g) {
               (V::load(product + g * W) + V::load(bias + (p * (G + 1) + g) * W)).store(out + g * W);
+            }
           }
       });
     }
@@ -197,15 +202,18 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     const T* gx_row = gx + (p * this->chunk_capacity() + row - chunk) * G * W;
     T* states_panel = states + p * states_stride * W;
     V x[G], hidden[G], saved[S];
-    GATEWISE_UNROLL for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W), hidden[g] = V::load(product + g * W);
+    GATEWISE_UNROLL
+    for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W), hidden[g] = V::load(product + g * W);
     if (Cell::split) hidden[G - 1] = hidden[G - 1] + V::load(bias + (p * (G + 1) + G) * W);
     State<V> prev{h ? V::load(h + p * W, lanes) : V(0), V(0)};
     if (Cell::has_c) prev.c = V::load(states_panel + (state_row(s - 1) + i) * W);
     const State<V> next = Cell::forward(x, hidden, prev, saved);
     next.h.store(call.y + rows.time_row[row] * d.H + p * W, lanes);
     if (Cell::has_c) next.c.store(states_panel + (state_row(s) + i) * W);
-    if (keeps_tape())
-      GATEWISE_UNROLL for (int k = 0; k < S; ++k) saved[k].store(call.saved + ((p * rows.count + row) * S + k) * W);
+    if (keeps_tape()) {
+      GATEWISE_UNROLL
+      for (int k = 0; k < S; ++k) saved[k].store(call.saved + ((p * rows.count + row) * S + k) * W);
+    }
   }
 
   void final_states(Range positions) {
@@ -249,33 +257,37 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
 template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   using Base = Pass<Cell, T>;
+  using Base::d, Base::D, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
   using typename Base::Facts;
   using typename Base::V;
-  using Base::d, Base::D, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
   static constexpr int kRows = rows_per_tile(Panels<G>::registers);  // weight-gradient tile: rows of x or h
 
   // One of the two weight matrices, or what its gradient needs
   struct Side {
-    Index columns;         // I or H
-    int block;             // where its gates start in a row of dgates
+    Index columns;  // I or H
+    int block;      // where its gates start in a row of dgates
     int (*gate)(int slot);
     const T* weights;
-    T* d_weights;          // the caller's, or null
-    T* packed;             // for products with dgates, or null
-    T* sums;               // d_weights in packed layout, or null
-    T* operand;            // the chunk's rows of x or h_prev, [tile of kRows columns][row][kRows], or null
+    T* d_weights;  // the caller's, or null
+    T* packed;     // for products with dgates, or null
+    T* sums;       // d_weights in packed layout, or null
+    T* operand;    // the chunk's rows of x or h_prev, [tile of kRows columns][row][kRows], or null
   };
 
   Backward<T> call;
   Side sides[2];  // of x, of h
   const Side &x = sides[0], &h = sides[1];
-  T* bias_sums;                // [P][D][W]
-  T* dgates[2];                // of this chunk and of the one after it, whose first step is still needed
-  T *carry_h, *carry_c;        // [P][N][W] gradients that reach the state past the product
+  T* bias_sums;          // [P][D][W]
+  T* dgates[2];          // of this chunk and of the one after it, whose first step is still needed
+  T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
 
   Side side(Arena& arena, Index columns, int block, int (*gate)(int), const T* weights, T* d_weights, bool product) {
     const Index size = P * G * W * columns;
-    return {columns, block, gate, weights, d_weights,
+    return {columns,
+            block,
+            gate,
+            weights,
+            d_weights,
             product ? arena.take<T>(P * G * W * ceil_div(columns, W) * W) : nullptr,
             d_weights ? arena.take<T>(size) : nullptr,
             d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * this->chunk_capacity()) : nullptr};
@@ -289,7 +301,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     for (T*& buffer : dgates) buffer = arena.take<T>(P * this->chunk_capacity() * D * W);
   }
 
-  GATEWISE_FN Index gate_row(Index p, Index chunk_row) const { return (p * this->chunk_capacity() + chunk_row) * D * W; }
+  GATEWISE_FN Index gate_row(Index p, Index chunk_row) const {
+    return (p * this->chunk_capacity() + chunk_row) * D * W;
+  }
 
   // Products of rows of dgates with one side's weights, in tiles: f(row, register of columns, its value). Null gates
   // are zeros.
@@ -332,7 +346,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const T* h_prev = this->previous_h(call.y, s, i);
     const T* states = call.states + p * this->state_rows() * W;
     V saved[S], dgx[G], dgh[G];
-    GATEWISE_UNROLL for (int k = 0; k < S; ++k) saved[k] = V::load(call.saved + ((p * rows.count + row) * S + k) * W);
+    GATEWISE_UNROLL
+    for (int k = 0; k < S; ++k) saved[k] = V::load(call.saved + ((p * rows.count + row) * S + k) * W);
     State<V> prev{h_prev ? V::load(h_prev + p * W, lanes) : V(0), V(0)}, next{V::load(call.y + at, lanes), V(0)};
     State<V> grad{dh + V::load(carry_h + carry), V(0)};
     if (call.dy) grad.h = grad.h + V::load(call.dy + at, lanes);
@@ -349,7 +364,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       if (lanes < W) V(0).store(to);
       block.store(to, lanes);
     };
-    GATEWISE_UNROLL for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
+    GATEWISE_UNROLL
+    for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
     if (Cell::split) put(dgh[G - 1], out + G * W);
   }
 
@@ -381,9 +397,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const Index height = least(kRows, side.columns - column);
         const T* a = side.operand + column * this->chunk_capacity();
         Tile<T> tile;
-        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, D * W, tile);
+        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, D* W, tile);
         T* sum = sums + column * registers * W;
-        for (Index v = 0; v < height * registers; ++v, sum += W) (V::load(sum) + V::load(tile.numbers + v * W)).store(sum);
+        for (Index v = 0; v < height * registers; ++v, sum += W)
+          (V::load(sum) + V::load(tile.numbers + v * W)).store(sum);
       }
     }
   }
@@ -391,10 +408,14 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void bias_gradient(const T* gates, Index count, Range panels) {
     for (Index p = panels.begin; p < panels.end; ++p) {
       V sum[D];
-      GATEWISE_UNROLL for (int g = 0; g < D; ++g) sum[g] = V(0);
-      for (Index r = 0; r < count; ++r)
-        GATEWISE_UNROLL for (int g = 0; g < D; ++g) sum[g] = sum[g] + V::load(gates + gate_row(p, r) + g * W);
-      GATEWISE_UNROLL for (int g = 0; g < D; ++g) {
+      GATEWISE_UNROLL
+      for (int g = 0; g < D; ++g) sum[g] = V(0);
+      for (Index r = 0; r < count; ++r) {
+        GATEWISE_UNROLL
+        for (int g = 0; g < D; ++g) sum[g] = sum[g] + V::load(gates + gate_row(p, r) + g * W);
+      }
+      GATEWISE_UNROLL
+      for (int g = 0; g < D; ++g) {
         T* total = bias_sums + (p * D + g) * W;
         (V::load(total) + sum[g]).store(total);
       }
@@ -421,7 +442,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const FlushSubnormals flush;
     const Range sequences = share(d.N, id, team.size), groups = share(this->groups, id, team.size);
     const Range panels{groups.begin * Facts::group, least(groups.end * Facts::group, P)};
-    const Range h_columns = share(column_groups<T>(d.H), id, team.size), x_columns = share(column_groups<T>(d.I), id, team.size);
+    const Range h_columns = share(column_groups<T>(d.H), id, team.size),
+                x_columns = share(column_groups<T>(d.I), id, team.size);
     const bool by_panels = how.sharing == Sharing::panels, wants_bias = call.db_ih || call.db_hh;
     const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
     const Range own_columns = by_panels ? h_columns : Range{0, column_groups<T>(d.H)};
@@ -461,9 +483,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
       if (call.dx) {
         const Range part = share(count, id, team.size);
-        product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)}, [&](Index r, Index v, V dx) {
-          dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
-        });
+        product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)},
+                [&](Index r, Index v, V dx) {
+                  dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
+                });
       }
       for (const Side& side : sides)
         if (side.d_weights) weight_gradient(side, gates, count, groups);
@@ -494,9 +517,9 @@ template <class PassType, class Call> void run_pass(const Call& call) {
   Arena arena(call.scratch);
   PassType pass(call, arena);
   pass.rows.fill(call.problem);
-  run_team(pass.how.threads, [](const void* p, Team& team, int id) {
-    static_cast<PassType*>(const_cast<void*>(p))->run(team, id);
-  }, &pass);
+  run_team(
+      pass.how.threads,
+      [](const void* p, Team& team, int id) { static_cast<PassType*>(const_cast<void*>(p))->run(team, id); }, &pass);
 }
 
 template <class Cell, class T> void forward(const Forward<T>& call) { run_pass<ForwardPass<Cell, T>>(call); }
@@ -507,10 +530,11 @@ template <class Cell, class T> Sizes sizes(const Problem<T>& problem) {
   T any;
   Arena forward_arena(nullptr), backward_arena(nullptr);
   const ForwardPass<Cell, T> f({problem, {}, {}, {}, {}, {}, {}, 1}, forward_arena);
-  const BackwardPass<Cell, T> b({problem, {}, {}, {}, {}, {}, {}, &any, {}, {}, &any, &any, {}, {}, {}, 1}, backward_arena);
+  const BackwardPass<Cell, T> b({problem, {}, {}, {}, {}, {}, {}, &any, {}, {}, &any, &any, {}, {}, {}, 1},
+                                backward_arena);
   const Index panel = Vec<T>::width;
-  return {std::size_t(f.P * f.rows.count * Cell::S * panel), std::size_t(Cell::has_c ? f.P * f.state_rows() * panel : 0),
-          forward_arena.bytes(), backward_arena.bytes()};
+  return {std::size_t(f.P * f.rows.count * Cell::S * panel),
+          std::size_t(Cell::has_c ? f.P * f.state_rows() * panel : 0), forward_arena.bytes(), backward_arena.bytes()};
 }
 
 }}}  // namespace gatewise::GATEWISE_ARCH

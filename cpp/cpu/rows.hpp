@@ -25,7 +25,10 @@ class Arena {
   std::size_t used_ = 0;
 };
 
-struct Range { Index begin, end; Index size() const { return end - begin; } };
+struct Range {
+  Index begin, end;
+  Index size() const { return end - begin; }
+};
 inline Range share(Index n, int id, int parts) { return {n * id / parts, n * (id + 1) / parts}; }
 inline Index least(Index a, Index b) { return a < b ? a : b; }
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
@@ -41,13 +44,14 @@ template <class T> Index count_rows(const Problem<T>& p) {
 }
 
 struct Rows {
-  Index count;         // live (s, i) pairs
-  Index* order;        // [N] sorted position -> n
-  Index* offset;       // [T+1] first packed row of step s
-  Index* time_row;     // [count] packed row -> t * N + n
+  Index count;      // live (s, i) pairs
+  Index* order;     // [N] sorted position -> n
+  Index* offset;    // [T+1] first packed row of step s
+  Index* time_row;  // [count] packed row -> t * N + n
 
   Rows(Arena& arena, Index T, Index N, Index count)
-      : count(count), order(arena.take<Index>(N)), offset(arena.take<Index>(T + 1)), time_row(arena.take<Index>(count)) {}
+      : count(count), order(arena.take<Index>(N)), offset(arena.take<Index>(T + 1)),
+        time_row(arena.take<Index>(count)) {}
 
   Index live(Index s) const { return offset[s + 1] - offset[s]; }
 
@@ -81,7 +85,10 @@ template <class T> Range own_positions(const Problem<T>& p, const Rows& rows, in
   for (Index i = 0; i < p.dims.N; ++i) {
     const Index part = rows.count ? before * parts / rows.count : 0;
     if (part >= id && own.begin == p.dims.N) own.begin = i;
-    if (part > id) { own.end = i; break; }
+    if (part > id) {
+      own.end = i;
+      break;
+    }
     before += length_of(p, rows.order[i]);
   }
   if (own.begin > own.end) own.begin = own.end;

@@ -37,7 +37,8 @@ class Worker {
     wake_.notify_one();
   }
   void wait() const {
-    for (int spin = 0; busy_.load(std::memory_order_acquire);) spin < kSpins ? (++spin, relax()) : std::this_thread::yield();
+    for (int spin = 0; busy_.load(std::memory_order_acquire);)
+      spin < kSpins ? (++spin, relax()) : std::this_thread::yield();
   }
 
  private:

@@ -20,30 +20,37 @@ constexpr int kMaxRegisters = 4, kMaxRows = rows_per_tile(1);
 
 // A tile leaves its registers through a buffer in L1, [row][register][lane], and epilogues are plain loops over it.
 // So the product is compiled once per shape for all cells, and a cell once for all shapes.
-template <class T> struct Tile {
-  alignas(64) T numbers[kMaxRows * kMaxRegisters * Vec<T>::width];
-};
+template <class T> struct Tile { alignas(64) T numbers[kMaxRows * kMaxRegisters * Vec<T>::width]; };
 
 // acc[r][v] += sum over k of *a(r, k) * b(k, v): a() points to one number, b() to one register's worth.
 template <class T, int MR, int NR, class A, class B>
 GATEWISE_FN void multiply(Vec<T> (&acc)[MR][NR], Index K, A a, B b) {
   for (Index k = 0; k < K; ++k) {
     Vec<T> w[NR];
-    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) w[v] = Vec<T>::load(b(k, v));
-    GATEWISE_UNROLL for (int r = 0; r < MR; ++r) {
+    GATEWISE_UNROLL
+    for (int v = 0; v < NR; ++v) w[v] = Vec<T>::load(b(k, v));
+    GATEWISE_UNROLL
+    for (int r = 0; r < MR; ++r) {
       const Vec<T> x = Vec<T>::broadcast(a(r, k));
-      GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+      GATEWISE_UNROLL
+      for (int v = 0; v < NR; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
     }
   }
 }
 
 template <class T, int MR, int NR> GATEWISE_FN void clear(Vec<T> (&acc)[MR][NR]) {
-  GATEWISE_UNROLL for (int r = 0; r < MR; ++r)
-    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v] = Vec<T>(0);
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    GATEWISE_UNROLL
+    for (int v = 0; v < NR; ++v) acc[r][v] = Vec<T>(0);
+  }
 }
 template <class T, int MR, int NR> GATEWISE_FN void write(const Vec<T> (&acc)[MR][NR], Tile<T>& tile) {
-  GATEWISE_UNROLL for (int r = 0; r < MR; ++r)
-    GATEWISE_UNROLL for (int v = 0; v < NR; ++v) acc[r][v].store(tile.numbers + (r * NR + v) * Vec<T>::width);
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    GATEWISE_UNROLL
+    for (int v = 0; v < NR; ++v) acc[r][v].store(tile.numbers + (r * NR + v) * Vec<T>::width);
+  }
 }
 
 // Rows of numbers times packed weights [segments * K][NR][W]. A row's numbers come in segments of K, `stride` apart.
@@ -52,12 +59,15 @@ template <class T, int MR, int NR>
 void multiply_rows(const T* const* rows, Segments s, const T* packed, Tile<T>& tile) {
   constexpr Index W = Vec<T>::width;
   const T* a[MR];
-  GATEWISE_UNROLL for (int r = 0; r < MR; ++r) a[r] = rows[r];
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) a[r] = rows[r];
   Vec<T> acc[MR][NR];
   clear(acc);
   for (Index i = 0; i < s.count; ++i, packed += s.K * NR * W) {
-    multiply(acc, s.K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
-    GATEWISE_UNROLL for (int r = 0; r < MR; ++r) a[r] += s.stride;
+    multiply(
+        acc, s.K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
+    GATEWISE_UNROLL
+    for (int r = 0; r < MR; ++r) a[r] += s.stride;
   }
   write(acc, tile);
 }
@@ -66,14 +76,17 @@ void multiply_rows(const T* const* rows, Segments s, const T* packed, Tile<T>& t
 template <class T, int MR, int NR>
 void multiply_columns(const T* packed, Index height, Index K, const T* const* b, Index stride, Tile<T>& tile) {
   const T* from[NR];
-  GATEWISE_UNROLL for (int v = 0; v < NR; ++v) from[v] = b[v];
+  GATEWISE_UNROLL
+  for (int v = 0; v < NR; ++v) from[v] = b[v];
   Vec<T> acc[MR][NR];
   clear(acc);
-  multiply(acc, K, [&](int r, Index k) { return packed + k * height + r; }, [&](Index k, int v) { return from[v] + k * stride; });
+  multiply(
+      acc, K, [&](int r, Index k) { return packed + k * height + r; },
+      [&](Index k, int v) { return from[v] + k * stride; });
   write(acc, tile);
 }
 
-// The products by shape: kernels<T>.rows[NR - 1][MR - 1]
+// The products by shape: kMultiplyRows<T>[NR - 1][MR - 1]
 template <class T> using MultiplyRows = void (*)(const T* const*, Segments, const T*, Tile<T>&);
 template <class T> using MultiplyColumns = void (*)(const T*, Index, Index, const T* const*, Index, Tile<T>&);
 template <class T, int NR, class Rows> struct Shapes;
@@ -106,10 +119,10 @@ template <int Gates> struct Panels {
 };
 
 // packed[group][k][panel in group][slot][lane] = w[gate(slot) * H + unit][k], zero where there is no such unit
-template <class T, int Gates, class Gate>
-void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
+template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group, panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  const Index first = group * Panels<Gates>::per_group,
+              panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
   T* out = packed + first * Gates * W * K;
   for (Index b = 0; b < panels; ++b)
     for (int slot = 0; slot < Gates; ++slot)
@@ -125,7 +138,8 @@ void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
 template <class T, int Gates, class Gate>
 void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group, panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  const Index first = group * Panels<Gates>::per_group,
+              panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
   const T* in = packed + first * Gates * W * K;
   for (Index b = 0; b < panels; ++b)
     for (int slot = 0; slot < Gates; ++slot)
@@ -154,8 +168,8 @@ void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T*
         const Index unit = p * W + lane;
         for (Index v = 0; v < wide; ++v) {
           const Index column = first + v * W;
-          const Vec<T> row = unit < H ? Vec<T>::load(w + (gate(slot) * H + unit) * columns + column, columns - column)
-                                      : Vec<T>(T(0));
+          const Vec<T> row =
+              unit < H ? Vec<T>::load(w + (gate(slot) * H + unit) * columns + column, columns - column) : Vec<T>(T(0));
           row.store(out + v * W);
         }
       }

@@ -49,11 +49,23 @@ template <class T> struct Vec {
 
   Vec() = default;
   GATEWISE_FN Vec(T x) { native = x - Native{}; }  // x - 0 is x for every x, -0 included
-  GATEWISE_FN static Vec of(Native n) { Vec r; r.native = n; return r; }
-  GATEWISE_FN static Vec of(Integer bits) { Vec r; r.native = (Native)bits; return r; }
+  GATEWISE_FN static Vec of(Native n) {
+    Vec r;
+    r.native = n;
+    return r;
+  }
+  GATEWISE_FN static Vec of(Integer bits) {
+    Vec r;
+    r.native = (Native)bits;
+    return r;
+  }
   GATEWISE_FN Integer bits() const { return (Integer)native; }
 
-  GATEWISE_FN static Vec load(const T* p) { Vec r; std::memcpy(&r.native, p, sizeof r.native); return r; }
+  GATEWISE_FN static Vec load(const T* p) {
+    Vec r;
+    std::memcpy(&r.native, p, sizeof r.native);
+    return r;
+  }
   GATEWISE_FN void store(T* p) const { std::memcpy(p, &native, sizeof native); }
   // The first n lanes, n possibly more than there are; nothing past them is touched, missing lanes read as 0.
   GATEWISE_FN static Vec load(const T* p, Index n);
@@ -146,10 +158,12 @@ template <class T> GATEWISE_FN void Vec<T>::store(T* p, Index n) const {
 }
 #if defined(__aarch64__)
 GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-  return Vec<float>::of((Vec<float>::Native)vfmaq_f32((float32x4_t)c.native, (float32x4_t)a.native, (float32x4_t)b.native));
+  return Vec<float>::of(
+      (Vec<float>::Native)vfmaq_f32((float32x4_t)c.native, (float32x4_t)a.native, (float32x4_t)b.native));
 }
 GATEWISE_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-  return Vec<double>::of((Vec<double>::Native)vfmaq_f64((float64x2_t)c.native, (float64x2_t)a.native, (float64x2_t)b.native));
+  return Vec<double>::of(
+      (Vec<double>::Native)vfmaq_f64((float64x2_t)c.native, (float64x2_t)a.native, (float64x2_t)b.native));
 }
 #else
 template <class T> GATEWISE_FN Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }  // no such instruction
@@ -181,23 +195,27 @@ template <> struct Coefficients<double> {
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double sigmoid_low = -708.0, sigmoid_high = 709.0, tanh_high = 44.0;
-  static constexpr double expm1[] = {0x1.af79e9481ae73p-26, 0x1.28a0d38b76466p-22, 0x1.71dde80fcb426p-19,
-                                     0x1.a019a9ed6a27ap-16, 0x1.a01a01b6a45c3p-13, 0x1.6c16c17d25178p-10,
-                                     0x1.111111110e4f2p-7,  0x1.55555555530e0p-5,  0x1.555555555555dp-3, 0.5};
-  static constexpr double tanh[] = {-0x1.4585b6262c555p-16, 0x1.5cd9b7cf366a9p-14, -0x1.e93bcc70eb97cp-13,
+  static constexpr double expm1[] = {
+      0x1.af79e9481ae73p-26, 0x1.28a0d38b76466p-22, 0x1.71dde80fcb426p-19, 0x1.a019a9ed6a27ap-16, 0x1.a01a01b6a45c3p-13,
+      0x1.6c16c17d25178p-10, 0x1.111111110e4f2p-7,  0x1.55555555530e0p-5,  0x1.555555555555dp-3,  0.5};
+  static constexpr double tanh[] = {-0x1.4585b6262c555p-16, 0x1.5cd9b7cf366a9p-14,  -0x1.e93bcc70eb97cp-13,
                                     0x1.347ec688258f5p-11,  -0x1.7d8f4180d939cp-10, 0x1.d6d290c2e4b97p-9,
-                                    -0x1.226e2ed35440dp-7,  0x1.664f48578ff85p-6,  -0x1.ba1ba1b975a8ep-5,
+                                    -0x1.226e2ed35440dp-7,  0x1.664f48578ff85p-6,   -0x1.ba1ba1b975a8ep-5,
                                     0x1.111111111071dp-3,   -0x1.555555555554fp-2};
 };
 
 template <class T, int N> GATEWISE_FN Vec<T> polynomial(const T (&highest_first)[N], Vec<T> x) {
   Vec<T> p(highest_first[0]);
-  GATEWISE_UNROLL for (int i = 1; i < N; ++i) p = fma(p, x, Vec<T>(highest_first[i]));
+  GATEWISE_UNROLL
+  for (int i = 1; i < N; ++i) p = fma(p, x, Vec<T>(highest_first[i]));
   return p;
 }
 
 // e^x = 2^n (1 + q). The caller has clamped x so that n fits its use.
-template <class T> struct SplitExp { typename Vec<T>::Integer n; Vec<T> q; };
+template <class T> struct SplitExp {
+  typename Vec<T>::Integer n;
+  Vec<T> q;
+};
 template <class T> GATEWISE_FN SplitExp<T> split_exp(Vec<T> x) {
   using C = Coefficients<T>;
   const Vec<T> magic(C::round_magic);

@@ -141,9 +141,7 @@ def gradients(
         elif gradient.shape != array.shape:
             raise ValueError(f"{name}: expected a gradient of shape {array.shape}; got {gradient.shape}")
         else:
-            errors[name] = _slope_error(
-                loss, params, name, gradient, _directions(rng, array, directions), size, bound
-            )
+            errors[name] = _slope_error(loss, params, name, gradient, _directions(rng, array, directions), size, bound)
     result = GradientCheck(errors, bound)
     if strict and not result.ok:
         raise AssertionError(str(result))
@@ -349,9 +347,7 @@ class Row:
     def __str__(self) -> str:
         slope = "-" if self.differences is None else f"{self.differences:.1e}"
         errors = f"{self.forward:.1e}", f"{self.gradient:.1e}", self.worst or "-", f"{self.share:.0%}", slope
-        return self.LINE.format(
-            self.cell, self.backend, self.dtype, self.option, *errors, _verdict(self.problem)
-        )
+        return self.LINE.format(self.cell, self.backend, self.dtype, self.option, *errors, _verdict(self.problem))
 
 
 def bound(cell: str, dtype: str, sizes: tuple[int, int, int, int], name: str) -> float:
@@ -362,7 +358,7 @@ def bound(cell: str, dtype: str, sizes: tuple[int, int, int, int], name: str) ->
     of these problems forget, so what earlier steps lost fades, and the bound does not grow with T. A gradient
     loses the same again on its way back, where a product has G·H terms. Observed: 5 to 31 % of the bound.
     """
-    _, _, I, H = sizes  # noqa: E741
+    _, _, I, H = sizes
     loss = 8.0 + sqrt(I + H)
     if name in functional.Gradients._fields:
         loss += 8.0 + sqrt(_core.cells[cell]["G"] * H)
@@ -433,7 +429,7 @@ def _take(arrays: Arrays, order: Array) -> Arrays:
 
 def _case(cell: str, option: Option, sizes: tuple[int, int, int, int], dtype: str) -> _Case:
     """Seeded arrays: inputs and states of order 1, weights of order 1/sqrt(H) as in a fresh layer."""
-    (T, N, I, H), info = sizes, _core.cells[cell]  # noqa: E741
+    (T, N, I, H), info = sizes, _core.cells[cell]
     rows, has_c = info["G"] * H, info["has_c"]
     rng = np.random.default_rng([T, N, I, H, len(cell)])
     w_scale = 0.6 / sqrt(H)

@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) has seen enough; point stdout elsewhere for the last flush
+    except BrokenPipeError:  # the reader (head, less) has seen enough; point stdout elsewhere for the last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, MemoryError) as error:
@@ -65,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     demo = commands.add_parser("demo", help="predict sepsis from hourly intensive-care records")
-    demo.add_argument(
-        "--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)"
-    )
+    demo.add_argument("--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)")
     demo.add_argument("--report", metavar="DIR", help="where the tables and pictures go")
     demo.add_argument("--seed", type=int, metavar="N")
     demo.add_argument("--epochs", type=int, metavar="N")

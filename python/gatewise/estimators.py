@@ -181,27 +181,19 @@ class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
             dropout=self.dropout, bidirectional=self.bidirectional, dtype=self.dtype, random_state=random,
             backend=self.backend, num_threads=self.num_threads,
         )  # fmt: skip
-        head = training.Linear(
-            self.hidden_size * layer.directions, len(constant), dtype=self.dtype, random=random
-        )
+        head = training.Linear(self.hidden_size * layer.directions, len(constant), dtype=self.dtype, random=random)
         head.bias[:] = constant
         return training.Network(layer, head, self._loss(), per_step=data.per_step, dropout=self.dropout)
 
-    def _validation(
-        self, X: Ragged, y: Any, lengths: Any = None, sample_weight: Any = None
-    ) -> training.Sequences:
+    def _validation(self, X: Ragged, y: Any, lengths: Any = None, sample_weight: Any = None) -> training.Sequences:
         x, counts = self._inputs(X, lengths, "validation X")
         targets, weights = self._flat(X, y, counts, sample_weight)
         return self._dataset(x, counts, targets, weights, "validation y").labelled()
 
-    def _dataset(
-        self, x: list[Array], lengths: Array, targets: Array, weights: Array, name: str
-    ) -> training.Sequences:
+    def _dataset(self, x: list[Array], lengths: Array, targets: Array, weights: Array, name: str) -> training.Sequences:
         coded, weighted = self._encode(targets, weights, name)
         per_step = self.target_ == "step"
-        return training.Sequences(
-            x, lengths, per_step, np.dtype(self.dtype), coded, weighted.astype(self.dtype)
-        )
+        return training.Sequences(x, lengths, per_step, np.dtype(self.dtype), coded, weighted.astype(self.dtype))
 
     def _inputs(self, X: Ragged, lengths: Any, name: str = "X") -> tuple[list[Array], Array]:
         x, counts = _sequences(X, lengths, name)
@@ -264,9 +256,7 @@ class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected a number of 0 or more; got {self.weight_decay!r}")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction: expected a part in [0, 1); got {self.validation_fraction!r}"
-            )
+            raise ValueError(f"validation_fraction: expected a part in [0, 1); got {self.validation_fraction!r}")
 
     # what a subclass says about its targets
 
@@ -348,9 +338,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
         z, counts = self._logits(X, lengths)
         targets, weights = self._flat(X, y, counts, sample_weight)
         counted = weights > 0
-        return float(
-            accuracy_score(targets[counted], self._labels(z)[counted], sample_weight=weights[counted])
-        )
+        return float(accuracy_score(targets[counted], self._labels(z)[counted], sample_weight=weights[counted]))
 
     def _labels(self, z: Array) -> Array:
         code = (z[:, 0] > 0).astype(np.int64) if z.shape[1] == 1 else z.argmax(axis=1)
@@ -372,9 +360,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
             return np.ones(len(self.classes_))
         if isinstance(self.class_weight, str):
             if self.class_weight != "balanced":
-                raise ValueError(
-                    f"class_weight: expected None, 'balanced' or a dict; got {self.class_weight!r}"
-                )
+                raise ValueError(f"class_weight: expected None, 'balanced' or a dict; got {self.class_weight!r}")
             totals = np.bincount(np.searchsorted(self.classes_, labels), weights)
             return np.asarray(weights.sum() / (len(totals) * totals))
         unknown = [label for label in self.class_weight if label not in self.classes_]
@@ -388,9 +374,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
         codes[counted] = np.searchsorted(self.classes_, targets[counted]).clip(max=len(self.classes_) - 1)
         unknown = np.unique(targets[counted][self.classes_[codes[counted]] != targets[counted]])
         if len(unknown):
-            raise ValueError(
-                f"{name}: expected labels among {self.classes_.tolist()}; got {unknown.tolist()}"
-            )
+            raise ValueError(f"{name}: expected labels among {self.classes_.tolist()}; got {unknown.tolist()}")
         weights = weights * self._class_weights[codes]
         coded = codes.astype(self.dtype) if len(self.classes_) == 2 else codes
         return coded[:, None], weights[:, None]
@@ -483,9 +467,7 @@ def _sequences(X: Ragged, lengths: Any, name: str = "X") -> tuple[list[Array], A
         x = list(_padded(X, lengths, name))
     else:
         if lengths is not None:
-            raise ValueError(
-                "lengths: a list of sequences has its own; give lengths with a padded array only"
-            )
+            raise ValueError("lengths: a list of sequences has its own; give lengths with a padded array only")
         x = [_real(sequence, f"{name}[{i}]") for i, sequence in enumerate(X)]
     if not x:
         raise ValueError(
@@ -493,14 +475,10 @@ def _sequences(X: Ragged, lengths: Any, name: str = "X") -> tuple[list[Array], A
         )
     for i, sequence in enumerate(x):
         if sequence.ndim == 2 and sequence.shape[1] == 0:
-            raise ValueError(
-                f"{name}[{i}]: 0 feature(s) (shape={sequence.shape}) while a minimum of 1 is required."
-            )
+            raise ValueError(f"{name}[{i}]: 0 feature(s) (shape={sequence.shape}) while a minimum of 1 is required.")
         if sequence.ndim != 2 or sequence.shape[1] != x[0].shape[-1]:
             features = x[0].shape[1] if x[0].ndim == 2 else "I"
-            raise ValueError(
-                f"{name}[{i}]: expected one sequence (T_i, I) = (T_i, {features}); got {sequence.shape}"
-            )
+            raise ValueError(f"{name}[{i}]: expected one sequence (T_i, I) = (T_i, {features}); got {sequence.shape}")
         if sequence.dtype.kind == "f" and not np.isfinite(sequence).all():
             step, feature = np.argwhere(~np.isfinite(sequence))[0].tolist()
             what = "NaN" if np.isnan(sequence[step, feature]) else "infinity"
@@ -510,9 +488,7 @@ def _sequences(X: Ragged, lengths: Any, name: str = "X") -> tuple[list[Array], A
 
 def _padded(X: Any, lengths: Any, name: str) -> Sequence[Array]:
     if hasattr(X, "toarray"):
-        raise TypeError(
-            f"{name}: a sparse matrix was given; expected a dense array (N, T, I) or a list of (T_i, I)"
-        )
+        raise TypeError(f"{name}: a sparse matrix was given; expected a dense array (N, T, I) or a list of (T_i, I)")
     array = _real(X, name)
     if array.ndim != 3:
         raise ValueError(
@@ -580,9 +556,7 @@ def _weights(values: Any, lengths: Array, per_step: bool) -> Array:
     else:
         weights = np.array(values, np.float64)
         if weights.shape != lengths.shape:
-            raise ValueError(
-                f"sample_weight: expected one per sequence, {lengths.shape}; got {weights.shape}"
-            )
+            raise ValueError(f"sample_weight: expected one per sequence, {lengths.shape}; got {weights.shape}")
         weights = np.repeat(weights, lengths) if per_step else weights
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("sample_weight: expected finite numbers of 0 or more")

@@ -50,7 +50,7 @@ class Tape:
         self,
         problem: _core.Problem,
         backend: str,
-        inputs: tuple[Any, ...],
+        inputs: dict[str, Any],
         y: Array,
         hn: Array,
         cn: Array | None,
@@ -107,7 +107,9 @@ class Tape:
 
     def _need_saved(self) -> Array:
         if self._saved is None:
-            raise ValueError("tape: this forward pass kept nothing for backward (training=False); run it with training=True")
+            raise ValueError(
+                "tape: this forward pass kept nothing for backward (training=False); run it with training=True"
+            )
         return self._saved
 
 
@@ -156,9 +158,12 @@ def forward(
     if name == "reference":
         from . import reference
 
-        inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, None if lengths is None else lengths.copy(), reverse)
-        y, hn, cn, saved, states = reference.forward(cell, *inputs)
-        return Tape(p, name, inputs, y, hn, cn, *((saved, states) if training else (None, None)))
+        inputs: dict[str, Any] = {
+            "x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "h0": h0, "c0": c0,
+            "lengths": None if lengths is None else lengths.copy(), "reverse": reverse,
+        }  # fmt: skip
+        out = reference.forward(cell, **inputs)
+        return Tape(p, name, inputs, *out[:3], *(out[3:] if training else (None, None)))
 
     state = (p.N, p.H)
     y, hn = np.empty((p.T, *state), p.dtype), np.empty(state, p.dtype)
@@ -167,7 +172,7 @@ def forward(
     saved = np.empty(saved_size, p.dtype) if training else None
     states = np.empty(states_size, p.dtype) if training and p.has_c else None
     _core.forward(p, y, hn, cn, saved, states, np.empty(scratch_size, np.uint8), threads)
-    return Tape(p, name, (), y, hn, cn, saved, states)
+    return Tape(p, name, {}, y, hn, cn, saved, states)
 
 
 def backward(
@@ -201,9 +206,8 @@ def backward(
         from . import reference
 
         p.check_incoming(dy, dhn, dcn)
-        return Gradients(
-            **reference.backward(p.cell, *tape._inputs, tape.y, saved, tape._states, dy, dhn, dcn, names)
-        )
+        given: dict[str, Any] = {"y": tape.y, "saved": saved, "states": tape._states, "dy": dy, "dhn": dhn, "dcn": dcn}
+        return Gradients(**reference.backward(p.cell, **tape._inputs, **given, wanted=names))
 
     rows, state = p.G * p.H, (p.N, p.H)
     shapes = {
@@ -211,9 +215,7 @@ def backward(
         "dw_ih": (rows, p.I), "dw_hh": (rows, p.H), "db_ih": (rows,), "db_hh": (rows,),
     }  # fmt: skip
     # The kernels add to weight gradients and overwrite the others.
-    out = Gradients(
-        **{name: (np.zeros if name[1] in "wb" else np.empty)(shapes[name], p.dtype) for name in names}
-    )
+    out = Gradients(**{name: (np.zeros if name[1] in "wb" else np.empty)(shapes[name], p.dtype) for name in names})
     scratch = np.empty(p.sizes[3], np.uint8)
     _core.backward(p, tape.y, saved, tape._states, dy, dhn, dcn, *out, scratch, threads)
     return out

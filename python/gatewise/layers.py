@@ -165,9 +165,7 @@ class Layer:
             text = (file.metadata() or {}).get("gatewise")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if text is None:
-            raise ValueError(
-                f"{path}: no constructor arguments inside; build the layer and use load_state_dict"
-            )
+            raise ValueError(f"{path}: no constructor arguments inside; build the layer and use load_state_dict")
         arguments = json.loads(text)
         if cls.cells and arguments["cell"] not in cls.cells:
             raise ValueError(f"{path}: expected a layer of {' or '.join(cls.cells)}; got {arguments['cell']}")
@@ -288,9 +286,7 @@ class Layer:
                 k = layer * self.directions + direction
                 part = self._part(dsequence, direction)
                 got = functional.backward(run, dy=part, dhn=_pick(dh, k), dcn=_pick(dc, k), wanted=fields)
-                gradients.update(
-                    {own[kind]: getattr(got, _FIELDS[kind]) for kind in own if own[kind] in names}
-                )
+                gradients.update({own[kind]: getattr(got, _FIELDS[kind]) for kind in own if own[kind] in names})
                 dh0[k], dc0[k] = got.dh0, got.dc0
                 if dinput is None or got.dx is None:
                     dinput = got.dx
@@ -378,9 +374,7 @@ class RNN(Layer):
         nonlinearity: str = "tanh",
         **options: Any,
     ) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu'; got {nonlinearity!r}")
-        super().__init__(f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, **options)
+        super().__init__(functional.rnn_cell(nonlinearity), input_size, hidden_size, num_layers, **options)
 
 
 class LSTM(Layer):

@@ -88,9 +88,7 @@ class Linear:
 
     def backward(self, x: Array, dz: Array) -> tuple[Array, Array, Array]:
         """x [M, F], dz [M, K] -> (dx, dweight, dbias)."""
-        dx = (
-            dz * self.weight if len(self.weight) == 1 else dz @ self.weight
-        )  # matmul is 5 times slower for K = 1
+        dx = dz * self.weight if len(self.weight) == 1 else dz @ self.weight  # matmul is 5 times slower for K = 1
         return dx, dz.T @ x, dz.sum(axis=0)
 
 
@@ -112,9 +110,7 @@ class Adam:
         self.parameters = parameters
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = 0
-        self._buffers = {
-            name: (np.zeros_like(p), np.zeros_like(p), np.empty_like(p)) for name, p in parameters.items()
-        }
+        self._buffers = {name: (np.zeros_like(p), np.zeros_like(p), np.empty_like(p)) for name, p in parameters.items()}
 
     def step(self, gradients: Mapping[str, Array]) -> None:
         """One update from gradients of the same names and shapes as the parameters."""
@@ -255,9 +251,7 @@ class Network:
     both directions), [M, F].
     """
 
-    def __init__(
-        self, layer: Layer, head: Linear, loss: Loss, *, per_step: bool, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, layer: Layer, head: Linear, loss: Loss, *, per_step: bool, dropout: float = 0.0) -> None:
         self.layer, self.head, self.loss = layer, head, loss
         self.per_step, self.dropout = per_step, dropout
         self.kernel_seconds = 0.0

@@ -22,8 +22,7 @@ struct RnnTanh {  // h = tanh(gx + gh): Elman, Finding Structure in Time, 1990
   static constexpr int G = 1, S = 1;
   static constexpr bool has_c = false, split = false;
 
-  template <class V>
-  GATEWISE_FN static State<V> forward(const V (&gx)[1], const V (&gh)[1], State<V>, V (&saved)[1]) {
+  template <class V> GATEWISE_FN static State<V> forward(const V (&gx)[1], const V (&gh)[1], State<V>, V (&saved)[1]) {
     const V h = tanh(gx[0] + gh[0]);
     saved[0] = h;
     return {h, V(0)};
@@ -40,8 +39,7 @@ struct RnnRelu {  // h = max(0, gx + gh)
   static constexpr int G = 1, S = 1;
   static constexpr bool has_c = false, split = false;
 
-  template <class V>
-  GATEWISE_FN static State<V> forward(const V (&gx)[1], const V (&gh)[1], State<V>, V (&saved)[1]) {
+  template <class V> GATEWISE_FN static State<V> forward(const V (&gx)[1], const V (&gh)[1], State<V>, V (&saved)[1]) {
     const V h = relu(gx[0] + gh[0]);
     saved[0] = h;
     return {h, V(0)};
@@ -68,9 +66,8 @@ struct Lstm {  // with a forget gate: Gers, Schmidhuber, Cummins, Learning to Fo
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
     return {o * tanh(c), c};
   }
-  template <class V>
-  GATEWISE_FN static State<V> backward(const V (&saved)[4], State<V> prev, State<V> next, State<V> d, V (&dgx)[4],
-                                       V (&)[4]) {
+  template <class V> GATEWISE_FN static State<V> backward(const V (&saved)[4], State<V> prev, State<V> next, State<V> d,
+                                                          V (&dgx)[4], V (&)[4]) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = tanh(next.c);
     const V dc = d.c + d.h * o * d_tanh(tanh_c);
@@ -95,9 +92,8 @@ struct Gru {  // Cho et al., arXiv 1406.1078v1: the reset r acts after the produ
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = gh[2];
     return {n + z * (prev.h - n), V(0)};
   }
-  template <class V>
-  GATEWISE_FN static State<V> backward(const V (&saved)[4], State<V> prev, State<V>, State<V> d, V (&dgx)[3],
-                                       V (&dgh)[3]) {
+  template <class V> GATEWISE_FN static State<V> backward(const V (&saved)[4], State<V> prev, State<V>, State<V> d,
+                                                          V (&dgx)[3], V (&dgh)[3]) {
     const V r = saved[0], z = saved[1], n = saved[2], gh_n = saved[3];
     const V dn = d.h * (V(1) - z) * d_tanh(n);
     dgx[0] = dn * gh_n * d_sigmoid(r);

@@ -27,7 +27,11 @@ template <class T> struct Sequence {
   bool reverse;          // walk each sequence from its own last step to step 0
 };
 
-template <class T> struct Problem { Dims dims; Weights<T> weights; Sequence<T> sequence; };
+template <class T> struct Problem {
+  Dims dims;
+  Weights<T> weights;
+  Sequence<T> sequence;
+};
 
 // Elements of the tape's opaque buffers and bytes of scratch. Their layout belongs to the arch that wrote them.
 struct Sizes { std::size_t saved, states, forward_scratch, backward_scratch; };
@@ -45,15 +49,19 @@ template <class T> struct Forward {
 
 template <class T> struct Backward {
   Problem<T> problem;
-  const T *y, *saved, *states;         // what forward wrote
-  const T *dy, *dhn, *dcn;             // incoming, each may be null: zeros
-  T *dx, *dh0, *dc0;                   // outgoing, each may be null: not wanted; overwritten
-  T *dw_ih, *dw_hh, *db_ih, *db_hh;    // outgoing, each may be null: not wanted; added to
-  void* scratch;                       // Sizes::backward_scratch bytes
+  const T *y, *saved, *states;       // what forward wrote
+  const T *dy, *dhn, *dcn;           // incoming, each may be null: zeros
+  T *dx, *dh0, *dc0;                 // outgoing, each may be null: not wanted; overwritten
+  T *dw_ih, *dw_hh, *db_ih, *db_hh;  // outgoing, each may be null: not wanted; added to
+  void* scratch;                     // Sizes::backward_scratch bytes
   int threads;
 };
 
-struct CellInfo { const char* name; int G, S; bool has_c, split; };
+struct CellInfo {
+  const char* name;
+  int G, S;
+  bool has_c, split;
+};
 
 template <class T> struct CellKernels {
   Sizes (*sizes)(const Problem<T>&);
@@ -65,7 +73,11 @@ template <class T> struct CellKernels {
 template <class T> using Map = void (*)(const T* x, T* y, std::size_t n);
 template <class T> struct Functions { Map<T> exp, tanh, sigmoid; };
 
-struct Kernels { CellInfo info; CellKernels<float> f32; CellKernels<double> f64; };  // one row a cell
+struct Kernels {
+  CellInfo info;
+  CellKernels<float> f32;
+  CellKernels<double> f64;
+};  // one row a cell
 
 struct ArchKernels {
   const Kernels* cells;
@@ -81,7 +93,10 @@ struct Arch {
   const ArchKernels* kernels;
 };
 
-struct ArchList { const Arch* begin; const Arch* end; };
+struct ArchList {
+  const Arch* begin;
+  const Arch* end;
+};
 ArchList archs();           // best first; the last one runs everywhere
 const Arch& choose_arch();  // GATEWISE_ARCH if set, else the best that runs here; throws std::invalid_argument
 

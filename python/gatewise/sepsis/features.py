@@ -46,9 +46,7 @@ class Features:
         return split_rows(self.matrix, self.offset, patients)
 
 
-def split_rows(
-    rows: NDArray[Any], offset: NDArray[np.int64], patients: NDArray[np.bool_]
-) -> list[NDArray[Any]]:
+def split_rows(rows: NDArray[Any], offset: NDArray[np.int64], patients: NDArray[np.bool_]) -> list[NDArray[Any]]:
     """Views of `rows` [R, ...], one for each patient chosen by a bool [P]."""
     return [rows[offset[i] : offset[i + 1]] for i in np.flatnonzero(patients)]
 

@@ -262,9 +262,7 @@ def _check(path: Path, clock: NDArray[Any], label: NDArray[Any], first_row: NDAr
     wrong = ~(clock == expected)
     if wrong.any():
         row = int(wrong.argmax())
-        raise _bad(
-            path, f"{CLOCK} to advance by 1 a row, to {expected[row]:g} in row {row}", f"{clock[row]:g}"
-        )
+        raise _bad(path, f"{CLOCK} to advance by 1 a row, to {expected[row]:g} in row {row}", f"{clock[row]:g}")
 
 
 def _bad(path: Path, expected: str, got: str) -> ValueError:

@@ -177,9 +177,7 @@ def _patient(study: Study) -> Figure:
     one = _example(test, next(reversed(study.scores.values())))
     start, end = test.offset[one], test.offset[one + 1]
     hours, label, measured = test.clock[start:end], test.label[start:end], test.measured[start:end]
-    readings = [
-        j for j, name in enumerate(test.variables) if name in PANELS and not np.isnan(measured[:, j]).all()
-    ]
+    readings = [j for j, name in enumerate(test.variables) if name in PANELS and not np.isnan(measured[:, j]).all()]
     drugs = [j for j, name in enumerate(test.variables) if name in test.doses]
 
     heights = [3.0] + [1.0] * len(readings) + ([0.3 + 0.25 * len(drugs)] if drugs else [])
@@ -189,7 +187,7 @@ def _patient(study: Study) -> Figure:
         panels[0].plot(hours, 100 * score[start:end], **LOOKS[name], label=name)
     title = f"Patient {test.patient[one]} ({test.group[one]}): risk of sepsis hour by hour"
     _style(panels[0], "", "risk, %", title)
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(0, 1.4 * panels[0].get_ylim()[1])  # room for the legend above the curves
     for j, axes in zip(readings, panels[1:]):
         seen = ~np.isnan(measured[:, j])
         axes.plot(hours[seen], measured[seen, j], "o-", color="#444444", markersize=2.8, linewidth=0.8)
@@ -207,7 +205,7 @@ def _patient(study: Study) -> Figure:
         if positive.size:
             axes.axvspan(positive[0] - 0.5, positive[-1] + 0.5, color=ONSET, alpha=0.12, linewidth=0,
                          label="label 1: sepsis in 6 h" if axes is panels[0] else None)  # fmt: skip
-    panels[0].legend(loc="upper left", frameon=False, ncols=2)
+    panels[0].legend(loc="upper left", frameon=False, ncols=3)
     panels[-1].set_xlabel("hours in intensive care")
     figure.align_ylabels(panels[: len(readings) + 1])
     return figure

@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up they need on a machine with Python 3.9+ and a C++ compiler.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BUILT  := pyproject.toml CMakeLists.txt $(shell find cpp src -type f)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+ARGS   ?=
+
+.PHONY: demo test lint wheel-check clean
+
+demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
+	$(BIN)/gatewise demo $(ARGS)
+
+test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint.stamp   ## style and types
+	$(BIN)/ruff check python tests
+	$(BIN)/ruff format --check python tests
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests -name '*.[ch]pp')
+	$(BIN)/mypy
+
+wheel-check:               ## the wheel works where there is nothing but NumPy
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel-check .
+	build/wheel-check/bin/python -m pip install --quiet --disable-pip-version-check build/wheel-check/*.whl
+	cd build/wheel-check && bin/python -m pip list --format=freeze && bin/gatewise info && bin/gatewise check --quick
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
+
+# One stamp a set of extras; a change to anything compiled builds and installs again.
+$(VENV)/%.stamp: $(BUILT) tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[$*]'
+	touch $@
