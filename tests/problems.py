@@ -23,6 +23,12 @@ import gatewise as gw
 
 GATES = {cell: facts["G"] for cell, facts in gw.cells().items()}
 DTYPES = {"f32": np.float32, "f64": np.float64}
+TORCH = {  # PyTorch's layer and its options, for the cells that it has too: only they are compared with it
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+}
 OPTIONS = {
     "train": "forward and backward (the default)",
     "infer": "forward only",
@@ -94,6 +100,7 @@ def draw(problem: Problem) -> Inputs:
         return (rng.standard_normal(shape) * scale).astype(DTYPES[problem.dtype])
 
     has = problem.options.__contains__
+    has_c = gw.cells()[problem.cell]["has_c"]
     w_scale = 0.0 if has("zeros") else 0.6 / np.sqrt(H)
     b_ih = normal(G * H, scale=0.3)
     lengths = None
@@ -110,11 +117,11 @@ def draw(problem: Problem) -> Inputs:
         b_ih=None if has("nobias") else np.copysign(b_ih.dtype.type(50), b_ih) if has("saturated") else b_ih,
         b_hh=None if has("nobias") else normal(G * H, scale=0.3),
         h0=normal(N, H) if has("h0") else None,
-        c0=normal(N, H) if has("h0") and problem.cell == "lstm" else None,
+        c0=normal(N, H) if has("h0") and has_c else None,
         lengths=lengths,
         dy=normal(T, N, H),
         dhn=normal(N, H) if has("h0") else None,
-        dcn=normal(N, H) if has("h0") and problem.cell == "lstm" else None,
+        dcn=normal(N, H) if has("h0") and has_c else None,
     )
 
 
@@ -171,10 +178,10 @@ def run_torch(problem: Problem, inputs: Inputs) -> dict[str, np.ndarray]:
     (T, N, I), H = inputs.x.shape, problem.H
     lengths = np.full(N, T) if inputs.lengths is None else inputs.lengths
     some = np.flatnonzero(lengths)  # PyTorch packs no sequence of length 0
-    kind, _, nonlinearity = problem.cell.partition("_")
-    extra = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    kind, extra = TORCH[problem.cell]
+    has_c = kind == "LSTM"
     dtype = torch.from_numpy(inputs.x).dtype
-    layer = getattr(torch.nn, kind.upper())(I, H, bias=inputs.b_ih is not None, dtype=dtype, **extra)
+    layer = getattr(torch.nn, kind)(I, H, bias=inputs.b_ih is not None, dtype=dtype, **extra)
     for name, parameter in layer.named_parameters():
         parameter.data = torch.from_numpy(getattr(inputs, ours(name)))
 
@@ -191,18 +198,18 @@ def run_torch(problem: Problem, inputs: Inputs) -> dict[str, np.ndarray]:
 
     x, h0, c0 = leaf(inputs.x), leaf(inputs.h0), leaf(inputs.c0)
     packed = torch.nn.utils.rnn.pack_padded_sequence(walk(x)[:, some], lengths[some], enforce_sorted=False)
-    state = (h0[None, some], c0[None, some]) if kind == "lstm" else h0[None, some]
+    state = (h0[None, some], c0[None, some]) if has_c else h0[None, some]
     out, state = layer(packed, state)
     y, hn, cn = torch.zeros(T, N, H, dtype=x.dtype), h0.clone(), c0.clone()
     y[:, some] = torch.nn.utils.rnn.pad_packed_sequence(out, total_length=T)[0]
-    hn[some] = state[0][0] if kind == "lstm" else state[0]
-    cn[some] = state[1][0] if kind == "lstm" else c0[some]
+    hn[some] = state[0][0] if has_c else state[0]
+    cn[some] = state[1][0] if has_c else c0[some]
     y = walk(y)
 
     pairs = [(y, inputs.dy), (hn, inputs.dhn), (cn, inputs.dcn)]
     sum((a * torch.from_numpy(da)).sum() for a, da in pairs if da is not None).backward()
     results = {"y": y, "hn": hn, "dx": x.grad, "dh0": h0.grad}
-    results |= {"cn": cn, "dc0": c0.grad} if kind == "lstm" else {}
+    results |= {"cn": cn, "dc0": c0.grad} if has_c else {}
     results |= {"d" + ours(name): parameter.grad for name, parameter in layer.named_parameters()}
     return {name: tensor.detach().numpy() for name, tensor in results.items()}
 
@@ -222,8 +229,8 @@ def torch_errors(problem: Problem) -> dict[str, float]:
 
 
 def torch_runs(problem: Problem) -> bool:
-    """PyTorch takes neither an empty batch nor a batch of nothing but empty sequences."""
-    return problem.T * problem.N > 0 and "empty" not in problem.options
+    """PyTorch has the cell; it takes neither an empty batch nor a batch of nothing but empty sequences."""
+    return problem.cell in TORCH and problem.T * problem.N > 0 and "empty" not in problem.options
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import pytest
 
 import gatewise as gw
 from gatewise import check, functional
+from gatewise.layers import Layer
 
 # ---- gradients: a pair of functions ------------------------------------------------------------------------
 
@@ -161,23 +162,16 @@ def test_what_cannot_be_checked_is_said(rng):
 
 # ---- gradients: a layer ------------------------------------------------------------------------------------
 
-LAYERS = {
-    "rnn": lambda **o: gw.RNN(3, 4, dtype=np.float64, random_state=1, **o),
-    "relu": lambda **o: gw.RNN(3, 4, nonlinearity="relu", dtype=np.float64, random_state=1, **o),
-    "lstm": lambda **o: gw.LSTM(3, 4, dtype=np.float64, random_state=1, **o),
-    "gru": lambda **o: gw.GRU(3, 4, dtype=np.float64, random_state=1, **o),
-}
 
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_every_layer_passes(rng, kind):
-    layer = LAYERS[kind](num_layers=2, bidirectional=True)
+@pytest.mark.parametrize("cell", gw.cells())
+def test_every_layer_passes(rng, cell):
+    layer = Layer(cell, 3, 4, num_layers=2, bidirectional=True, dtype=np.float64, random_state=1)
     before = layer.state_dict()
     h = rng.standard_normal((4, 3, 4))
-    state = (h, rng.standard_normal(h.shape)) if kind == "lstm" else h
+    state = (h, rng.standard_normal(h.shape)) if layer.has_c else h
     result = check.gradients(layer, rng.standard_normal((5, 3, 3)), state=state, lengths=np.array([2, 5, 0]))
     assert result.ok, result
-    assert set(result.errors) == {*before, "x", "h0"} | ({"c0"} if kind == "lstm" else set())
+    assert set(result.errors) == {*before, "x", "h0"} | ({"c0"} if layer.has_c else set())
     assert all(np.array_equal(layer.state_dict()[name], before[name]) for name in before)
 
 

@@ -3,26 +3,22 @@
 import numpy as np
 import pytest
 
+import gatewise as gw
 from gatewise import GRU, LSTM, RNN
 from gatewise.layers import Layer
+from problems import TORCH
 
 torch = pytest.importorskip("torch")
 
-CELLS = {
-    "rnn_tanh": (RNN, torch.nn.RNN, {}),
-    "rnn_relu": (RNN, torch.nn.RNN, {"nonlinearity": "relu"}),
-    "lstm": (LSTM, torch.nn.LSTM, {}),
-    "gru": (GRU, torch.nn.GRU, {}),
-}
 T, N, I, H = 6, 5, 3, 4  # no two equal: a swapped axis cannot pass
 LENGTHS = np.array([4, 6, 1, 3, 6])
 
 
 def pair(cell, L=1, **options):
     """Our layer and torch's with the same weights, float64."""
-    ours_class, torch_class, extra = CELLS[cell]
-    ours = ours_class(I, H, L, dtype=np.float64, random_state=1, **extra, **options)
-    theirs = torch_class(I, H, L, dtype=torch.float64, **extra, **options)
+    kind, extra = TORCH[cell]
+    ours = getattr(gw, kind)(I, H, L, dtype=np.float64, random_state=1, **extra, **options)
+    theirs = getattr(torch.nn, kind)(I, H, L, dtype=torch.float64, **extra, **options)
     theirs.load_state_dict({name: torch.tensor(value) for name, value in ours.state_dict().items()})
     return ours, theirs
 
@@ -46,7 +42,7 @@ def close(ours, theirs):
     {}, {"bias": False}, {"batch_first": True}, {"L": 2, "bidirectional": True},
     {"L": 2, "bidirectional": True, "batch_first": True}, {"L": 3},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH)
 def test_forward_and_every_gradient_equal_torch(cell, options, packed):
     ours, theirs = pair(cell, **options)
     D, L = 1 + ours.bidirectional, ours.num_layers
@@ -81,9 +77,9 @@ def test_forward_and_every_gradient_equal_torch(cell, options, packed):
         close(gradients[name], parameter.grad)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", gw.cells())
 def test_only_what_is_wanted_is_computed_and_is_the_same(cell):
-    ours, _ = pair(cell, L=2, bidirectional=True)
+    ours = Layer(cell, I, H, 2, bidirectional=True, dtype=np.float64, random_state=1)
     y, _, tape = ours.forward(numbers((T, N, I), 2), lengths=LENGTHS)
     dy = numbers(y.shape, 3)
     everything = ours.backward(tape, dy)
@@ -98,7 +94,7 @@ def test_only_what_is_wanted_is_computed_and_is_the_same(cell):
 
 
 def test_names_shapes_and_range_of_the_weights_are_torchs():
-    for cell in CELLS:
+    for cell in TORCH:
         ours, theirs = pair(cell, L=2, bidirectional=True)
         assert [(n, p.shape) for n, p in ours.parameters.items()] == [
             (n, tuple(p.shape)) for n, p in theirs.named_parameters()

@@ -34,7 +34,7 @@ def test_a_problem_is_its_name() -> None:
             Problem.parse(text)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", problems.TORCH)
 def test_float64_equals_torch(cell: str) -> None:
     """Results and gradients to 1e-12, on every shape, with packed sequences and in reverse."""
     for problem in filter(problems.torch_runs, problems.biting(cell, "f64")):
@@ -78,13 +78,12 @@ def test_gradients_equal_finite_differences(cell: str, options: str) -> None:
         assert close(problems.truth(problem)["d" + name], numeric, 1e-8), name
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", problems.TORCH)
 def test_cell_equals_torch_cell(cell: str) -> None:
     """One unit; with W_ih = 1 and W_hh = 0 PyTorch's x is gx and its b_hh is gh, and so their gradients."""
     maths, rng = reference.CELLS[cell], np.random.default_rng(0)
-    kind, _, nonlinearity = cell.partition("_")
-    extra = {"nonlinearity": nonlinearity} if nonlinearity else {}
-    layer = getattr(torch.nn, kind.upper() + "Cell")(maths.G, 1, dtype=torch.float64, **extra)
+    kind, extra = problems.TORCH[cell]
+    layer = getattr(torch.nn, kind + "Cell")(maths.G, 1, dtype=torch.float64, **extra)
     for _ in range(20):
         gx, gh, (h, c, dh, dc) = rng.normal(size=maths.G), rng.normal(size=maths.G), rng.normal(size=4)
         x, prev = torch.tensor(gx[None], requires_grad=True), torch.tensor([[h], [c]], requires_grad=True)

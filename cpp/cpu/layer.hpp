@@ -1,10 +1,10 @@
 // The layer: any cell through time, forward and backward. Written once for all cells, dtypes and arches.
 //
-// Forward, a chunk of steps at a time: gx = W_ih x + b of the whole chunk, then step by step the product W_hh h with
-// the cell as its epilogue, on registers. Backward, chunks from the end: step by step the product dgates W_hh with
-// the cell's backward of the step before as its epilogue, then dx and the weight gradients of the chunk, while its
-// gate gradients are still in cache. Rows, or panels when rows are few, are shared among a team of threads; no
-// element is ever summed by two of them.
+// Forward, a chunk of steps at a time: gx = W_ih x + b of the whole chunk, then step by step the product W_hh h, every
+// tile of it finished by the cell while it is in L1. Backward, chunks from the end: step by step the product
+// dgates W_hh, its tiles finished by the cell's backward of the step before, then dx and the weight gradients of the
+// chunk, while its gate gradients are still in cache. Rows, or panels when rows are few, are shared among a team of
+// threads; no element is ever summed by two of them.
 //
 // Buffers of the layer's own, W lanes to a register, P = ceil(H / W) panels, R packed rows (rows.hpp):
 //   saved  [P][R][S][W]      states [P][N + R][W], c0 in the first N rows      (the tape)
@@ -21,7 +21,7 @@ template <class T> void copy(const T* from, T* to, Index n) { std::memcpy(to, fr
 template <class T> void zero(T* to, Index n) { std::memset(to, 0, std::size_t(n) * sizeof(T)); }
 
 // Compile-time facts about a cell in this build.
-template <class Cell, class T> struct Shape {
+template <class Cell, class T> struct CellFacts {
   using V = Vec<T>;
   static constexpr Index W = V::width;
   static constexpr int G = Cell::G, S = Cell::S;
@@ -58,7 +58,7 @@ template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
 
 // What forward and backward have in common: the problem, its rows, and how to find things in it.
 template <class Cell, class T> struct Pass {
-  using Facts = Shape<Cell, T>;
+  using Facts = CellFacts<Cell, T>;
   using V = Vec<T>;
   static constexpr Index W = Facts::W;
   static constexpr int G = Facts::G, S = Facts::S, D = Facts::D;
@@ -379,8 +379,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           const Index row = rows.offset[s] + i;
           const T* from = &side == &x ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
           T* to = side.operand + (tile * capacity + row - chunk) * kRows;
-          if (from) copy(from + column, to, n);
-          else zero(to, n);
+          if (!from) zero(to, n);
+          else if (n == kRows) copy(from + column, to, kRows);  // of a size the compiler knows
+          else copy(from + column, to, n);
         }
     }
   }
@@ -397,7 +398,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const Index height = least(kRows, side.columns - column);
         const T* a = side.operand + column * this->chunk_capacity();
         Tile<T> tile;
-        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, D* W, tile);
+        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, W* D, tile);
         T* sum = sums + column * registers * W;
         for (Index v = 0; v < height * registers; ++v, sum += W)
           (V::load(sum) + V::load(tile.numbers + v * W)).store(sum);
@@ -438,16 +439,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     }
   }
 
-  void run(Team& team, int id) {
-    const FlushSubnormals flush;
-    const Range sequences = share(d.N, id, team.size), groups = share(this->groups, id, team.size);
-    const Range panels{groups.begin * Facts::group, least(groups.end * Facts::group, P)};
-    const Range h_columns = share(column_groups<T>(d.H), id, team.size),
-                x_columns = share(column_groups<T>(d.I), id, team.size);
-    const bool by_panels = how.sharing == Sharing::panels, wants_bias = call.db_ih || call.db_hh;
-    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
-    const Range own_columns = by_panels ? h_columns : Range{0, column_groups<T>(d.H)};
-
+  // Packs weights and clears sums: this thread's part of each
+  void prepare(Range sequences, Range groups, Range h_columns, Range x_columns) {
+    const Range panels = panels_of(groups);
     for (Index q = h_columns.begin; q < h_columns.end; ++q)
       pack_columns<T, G>(h.weights, d.H, d.H, h.gate, q, h.packed);
     if (call.dx) {
@@ -460,11 +454,34 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const Index per_panel = G * W * side.columns;
         zero(side.sums + panels.begin * per_panel, panels.size() * per_panel);
       }
-    if (panels.size() > 0) zero(bias_sums + panels.begin * D * W, panels.size() * D * W);
+    zero(bias_sums + panels.begin * D * W, panels.size() * D * W);
     this->gather(call.dhn, carry_h, d.N, sequences);
     if (Cell::has_c) this->gather(call.dcn, carry_c, d.N, sequences);
-    team.barrier();
+  }
 
+  Range panels_of(Range groups) const { return {groups.begin * Facts::group, least(groups.end * Facts::group, P)}; }
+
+  // What follows from the gate gradients of a chunk of `count` rows that starts at row `chunk`
+  void finish_chunk(const T* gates, Index chunk, Index count, Range part, Range groups) {
+    if (call.dx)
+      product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)}, [&](Index r, Index v, V dx) {
+        dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
+      });
+    for (const Side& side : sides)
+      if (side.d_weights) weight_gradient(side, gates, count, groups);
+    if (call.db_ih || call.db_hh) bias_gradient(gates, count, panels_of(groups));
+  }
+
+  void run(Team& team, int id) {
+    const FlushSubnormals flush;
+    const Range sequences = share(d.N, id, team.size), groups = share(this->groups, id, team.size);
+    const Range h_columns = share(column_groups<T>(d.H), id, team.size);
+    const bool by_panels = how.sharing == Sharing::panels;
+    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
+    const Range own_columns = by_panels ? h_columns : Range{0, column_groups<T>(d.H)};
+
+    prepare(sequences, groups, h_columns, share(column_groups<T>(d.I), id, team.size));
+    team.barrier();
     Index end = 0;
     while (end < d.T && rows.live(end) > 0) ++end;
     int current = 0;
@@ -480,20 +497,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       for (const Side& side : sides)
         if (side.d_weights) pack_operand(side, begin, end, share(ceil_div(side.columns, kRows), id, team.size));
       team.barrier();
-
-      if (call.dx) {
-        const Range part = share(count, id, team.size);
-        product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)},
-                [&](Index r, Index v, V dx) {
-                  dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
-                });
-      }
-      for (const Side& side : sides)
-        if (side.d_weights) weight_gradient(side, gates, count, groups);
-      if (wants_bias) bias_gradient(gates, count, panels);
+      finish_chunk(gates, chunk, count, share(count, id, team.size), groups);
       team.barrier();
     }
-
     write_weight_gradients(groups);
     if (call.dh0) initial_state_gradient(dgates[1 - current], h_columns);
     if (Cell::has_c && call.dc0)

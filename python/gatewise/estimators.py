@@ -7,6 +7,7 @@ This file turns what users hold (padded arrays or lists, labels of any kind, mis
 from __future__ import annotations
 
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
@@ -75,7 +76,7 @@ _ATTRIBUTES = """
 """
 
 
-class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
+class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
     """What the two estimators share; they differ in their targets and their loss."""
 
     def __init__(
@@ -260,18 +261,21 @@ class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
 
     # what a subclass says about its targets
 
+    @abstractmethod
     def _learn_targets(self, targets: Array, weights: Array) -> None:
-        raise NotImplementedError
+        """Set what `fit` learns from the targets themselves, such as classes_."""
 
+    @abstractmethod
     def _encode(self, targets: Array, weights: Array, name: str) -> tuple[Array, Array]:
         """(targets [M, K or 1], weights [M, K or 1]) as the loss wants them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _constant(self, data: training.Sequences) -> Array:
-        raise NotImplementedError
+        """[K] the head's bias of the best prediction that is the same for all."""
 
+    @abstractmethod
     def _loss(self) -> training.Loss:
-        raise NotImplementedError
+        """The loss of `training` that fits the targets."""
 
 
 class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[misc]
