@@ -247,16 +247,21 @@ FLOOR = 16
 def check(problem: Problem, results: dict[str, np.ndarray]) -> None:
     """Assert that every result is within twice PyTorch's error of the float64 reference, plus a small floor.
 
-    What PyTorch does not show (gates, cell states, gradients of absent biases) is held to its error in y.
+    What PyTorch does not show (gates, cell states, gradients of absent biases) is held to its error in y, and a
+    cell that it does not have to the bound of `gatewise check`.
     """
     exact, errors, limits = truth(problem), torch_errors(problem), np.finfo(DTYPES[problem.dtype])
     assert results.keys() == exact.keys(), f"{problem}: results {set(results) ^ set(exact)}"
     sizes = {name: np.abs(a).max(initial=0.0) for name, a in exact.items()}
+    shape = problem.T, problem.N, problem.I, problem.H
     for name, value in results.items():
         assert value.dtype == limits.dtype, f"{problem}: {name} is {value.dtype}"
         scale = max(size for other, size in sizes.items() if other.startswith("d") == name.startswith("d"))
         err = distance(value, exact[name])
-        bound = 2 * errors.get(name, errors.get("y", 0.0)) + FLOOR * limits.eps * scale + limits.tiny
+        floor = FLOOR * limits.eps
+        if problem.cell not in TORCH:
+            floor = gw.check.bound(problem.cell, limits.dtype.name, shape, name)
+        bound = 2 * errors.get(name, errors.get("y", 0.0)) + floor * scale + limits.tiny
         if not (err <= bound):
             raise AssertionError(
                 f"{problem}: {name} is off by {err:.3g}, more than {bound:.3g} (largest value {scale:.3g})"

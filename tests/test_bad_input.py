@@ -346,15 +346,7 @@ def test_an_unknown_nonlinearity():
 
 
 def test_an_unknown_cell():
-    refused(
-        functional.forward,
-        {"cell": "mgu", **arguments()},
-        "^cell: expected",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "got 'mgu'",
-    )
+    refused(functional.forward, {"cell": "lsmt", **arguments()}, "^cell: expected", *gw.cells(), "got 'lsmt'")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 2**40, "2", 2.0, True, np.nan])

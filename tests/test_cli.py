@@ -149,9 +149,9 @@ def test_check_as_json(capsys):
 
 @pytest.mark.parametrize("flag, known", [("--cell", "lstm"), ("--backend", "cpu")])
 def test_check_of_something_unknown_lists_the_known(capsys, flag, known):
-    code, out, err = run(capsys, "check", flag, "mgu")
+    code, out, err = run(capsys, "check", flag, "lsmt")
     assert code == 2 and out == ""
-    assert known in one_sentence(err) and "mgu" in err
+    assert known in one_sentence(err) and "lsmt" in err
 
 
 def test_a_reader_that_leaves_early_is_no_error():

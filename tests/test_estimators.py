@@ -14,6 +14,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import gatewise as gw
 from gatewise import SequenceClassifier, SequenceRegressor
 
 SMALL = {"hidden_size": 6, "max_epochs": 3, "batch_size": 4, "random_state": 0}
@@ -212,7 +213,7 @@ def test_input_is_neither_copied_nor_changed(monkeypatch):
 # ---- causality, order --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", [*gw.cells(), "rnn"])
 def test_a_prediction_does_not_see_the_future_nor_its_neighbours(cell):
     X = sequences(40)
     model = SequenceClassifier(cell=cell, **{**SMALL, "hidden_size": 17}).fit(X, labels(X))

@@ -335,7 +335,7 @@ class Row:
     differences: float | None  # worst gradient against finite differences of the same forward; float64 only
     problem: str  # "" or what is wrong, in words
 
-    LINE: ClassVar[str] = "{:<8}  {:<11}  {:<7}  {:<16}  {:>7}  {:>8}  {:<5}  {:>5}  {:>7}  {}"
+    LINE: ClassVar[str] = "{:<8}  {:<12}  {:<7}  {:<16}  {:>7}  {:>8}  {:<5}  {:>5}  {:>7}  {}"
     HEADER: ClassVar[str] = LINE.format(
         "cell", "backend", "dtype", "option", "forward", "gradient", "worst", "bound", "slope", ""
     )

@@ -41,7 +41,7 @@ _ARGUMENTS = """
     missing.
 
     Args:
-        cell: "lstm", "gru", "rnn" (the same as "rnn_tanh"), "rnn_relu".
+        cell: a key of `gatewise.cells()`, or "rnn" (the same as "rnn_tanh").
         hidden_size, num_layers, bidirectional: of the recurrent layers. A bidirectional model sees the future
             of every step: do not use it to predict while time goes on.
         dropout: probability, between layers and before the linear head, in training.

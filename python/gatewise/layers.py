@@ -40,7 +40,7 @@ class Layer:
     list.
 
     Args:
-        cell: name of the cell: "rnn_tanh", "rnn_relu", "lstm", "gru".
+        cell: a key of `gatewise.cells()`.
         input_size, hidden_size, num_layers: I, H, L.
         bias: False leaves out both bias vectors.
         batch_first: x, y and their gradients are [N, T, ·] instead of [T, N, ·]. The kernels are time-major,
