@@ -6,7 +6,7 @@ BUILT  := pyproject.toml CMakeLists.txt $(shell find cpp src -type f)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint wheel-check clean
+.PHONY: demo test bench lint wheel-check clean
 
 demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 	$(BIN)/gatewise demo $(ARGS)
@@ -14,9 +14,12 @@ demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
 	$(BIN)/python -m pytest $(ARGS)
 
+bench: $(VENV)/test.stamp  ## training steps against PyTorch; ARGS="--threads 1 2 --dtypes f32 f64"
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
 lint: $(VENV)/lint.stamp   ## style and types
-	$(BIN)/ruff check python tests
-	$(BIN)/ruff format --check python tests
+	$(BIN)/ruff check python tests benchmarks
+	$(BIN)/ruff format --check python tests benchmarks
 	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests -name '*.[ch]pp')
 	$(BIN)/mypy
 

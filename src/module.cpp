@@ -1,8 +1,7 @@
 // gatewise._core: the kernels as Python sees them. No mathematics and no policy: borrow every array, release the
 // GIL, call. Which outputs exist, and what is done with them, is decided in python/gatewise/functional.py.
-#include <cmath>
-#include <cstdlib>
-#include <limits>
+#include <algorithm>
+#include <chrono>
 #include <new>
 #include <vector>
 
@@ -218,6 +217,28 @@ py::object evaluate(const std::string& function, py::object x, const std::string
   return y;
 }
 
+template <class T> double measure_fma(const Functions<T>& functions, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const std::size_t rounds = 200000;  // some milliseconds: the best of many is the rate without interruptions
+  double best = 0;
+  for (const auto start = Clock::now(); std::chrono::duration<double>(Clock::now() - start).count() < seconds;) {
+    const auto before = Clock::now();
+    volatile T sink = functions.fma_chains(rounds);
+    (void)sink;
+    const double taken = std::chrono::duration<double>(Clock::now() - before).count();
+    best = std::max(best, double(rounds) * functions.flops_per_round / taken);
+  }
+  return best;
+}
+
+double fma_rate(const std::string& arch, const std::string& dtype, double seconds) {
+  const ArchKernels& kernels = *find_arch(arch).kernels;
+  if (dtype != "float32" && dtype != "float64")
+    throw py::value_error("dtype: expected float32 or float64; got '" + dtype + "'");
+  const py::gil_scoped_release release;
+  return dtype == "float32" ? measure_fma(kernels.f32, seconds) : measure_fma(kernels.f64, seconds);
+}
+
 py::list list_archs() {
   py::list list;
   for (const Arch* arch = archs().begin; arch != archs().end; ++arch)
@@ -247,6 +268,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.attr("cells") = list_cells();
   m.def("choose_arch", [] { return choose_arch().name; });
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
+
+  m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
 
   py::class_<LayerProblem>(m, "Problem")
       .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,

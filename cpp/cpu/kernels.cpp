@@ -9,10 +9,25 @@ template <class T, class F> void map(const T* x, T* y, std::size_t n, F f) {
   constexpr std::size_t W = Vec<T>::width;
   for (std::size_t i = 0; i < n; i += W) f(Vec<T>::load(x + i, Index(n - i))).store(y + i, Index(n - i));
 }
+template <class T> T fma_chains(std::size_t rounds) {
+  const Vec<T> factor(T(0.999)), addend(T(0.001));
+  Vec<T> chain[kAccumulators];
+  GATEWISE_UNROLL
+  for (int i = 0; i < kAccumulators; ++i) chain[i] = Vec<T>(T(i));
+  for (std::size_t r = 0; r < rounds; ++r) {
+    GATEWISE_UNROLL
+    for (int i = 0; i < kAccumulators; ++i) chain[i] = fma(chain[i], factor, addend);
+  }
+  T sum = 0;  // returned, so that none of it can be left out
+  for (const Vec<T>& c : chain) sum += c.native[0];
+  return sum;
+}
+
 template <class T> constexpr Functions<T> functions() {
   return {[](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return exp(v); }); },
           [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return tanh(v); }); },
-          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }};
+          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }, fma_chains<T>,
+          2 * kAccumulators * int(Vec<T>::width)};
 }
 
 template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {

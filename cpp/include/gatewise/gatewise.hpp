@@ -71,7 +71,13 @@ template <class T> struct CellKernels {
 
 // y[k] = f(x[k]): the kernels' own elementary functions, exposed so that their error can be measured.
 template <class T> using Map = void (*)(const T* x, T* y, std::size_t n);
-template <class T> struct Functions { Map<T> exp, tanh, sigmoid; };
+// fma_chains does `rounds` times flops_per_round of nothing but independent multiply-adds on registers: the rate no
+// kernel of this arch can pass, to be measured beside whatever is timed.
+template <class T> struct Functions {
+  Map<T> exp, tanh, sigmoid;
+  T (*fma_chains)(std::size_t rounds);
+  int flops_per_round;
+};
 
 struct Kernels {
   CellInfo info;
