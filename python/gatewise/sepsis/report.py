@@ -187,7 +187,9 @@ def _patient(study: Study) -> Figure:
         panels[0].plot(hours, 100 * score[start:end], **LOOKS[name], label=name)
     title = f"Patient {test.patient[one]} ({test.group[one]}): risk of sepsis hour by hour"
     _style(panels[0], "", "risk, %", title)
-    panels[0].set_ylim(0, 1.4 * panels[0].get_ylim()[1])  # room for the legend above the curves
+    top = panels[0].get_ylim()[1]
+    panels[0].set_yticks([tick for tick in panels[0].get_yticks() if 0 <= tick <= min(top, 100)])
+    panels[0].set_ylim(0, 1.4 * top)  # room for the legend above the curves
     for j, axes in zip(readings, panels[1:]):
         seen = ~np.isnan(measured[:, j])
         axes.plot(hours[seen], measured[seen, j], "o-", color="#444444", markersize=2.8, linewidth=0.8)
