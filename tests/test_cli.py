@@ -45,6 +45,7 @@ def test_info(capsys):
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith(" "))
     assert lines["gatewise"] == gw.__version__
     assert lines["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert lines["cells"].split(", ") == [*gw.cells()]
     for arch in check.running_archs():
         assert arch in out
     for name, reason in gw.backends().items():

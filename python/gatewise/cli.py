@@ -26,7 +26,7 @@ EXTRAS = {  # package: the extra that installs it
     "tqdm": "train",
     "matplotlib": "demo",
     "safetensors": "io",
-    "torch": "torch",
+    "torch": "test",
 }
 
 
@@ -141,6 +141,7 @@ def _info(options: argparse.Namespace) -> int:
     show("numpy", metadata.version("numpy"))
     show("platform", platform.platform())
     show("cpu", f"{_cpu_model()}, {available_cores()} of {os.cpu_count()} cores usable")
+    show("cells", ", ".join(_core.cells))
     show("archs", ", ".join(name + ("" if runs else " (not on this CPU)") for name, runs in _core.archs))
     for package, extra in EXTRAS.items():
         show(package, _version(package, extra))
