@@ -35,6 +35,13 @@ const Arch& find_arch(const std::string& name) {
   throw py::value_error("arch: expected one of " + known + "; got '" + name + "'");
 }
 
+// Arrays that must be there, or must not: those of c depend on the cell, those of the tape on whether one is kept.
+void require(py::handle array, const char* name, bool needed, const char* reason) {
+  if (array.is_none() == needed)
+    fail(name, needed ? "an array" : std::string("None, for ") + reason, needed ? "None" : describe_type(array));
+}
+constexpr const char *kNoC = "the cell has no c", *kNoTape = "no tape is kept";
+
 // The inputs of one layer, validated and held. It serves the forward pass and, later, the backward pass, on the
 // arch that was chosen when it was made: the layout of the tape is that arch's own.
 class LayerProblem {
@@ -102,7 +109,7 @@ class LayerProblem {
     b_ih_ = borrow_optional<T>(b_ih, "b_ih", {rows});
     b_hh_ = borrow_optional<T>(b_hh, "b_hh", {rows});
     h0_ = borrow_optional<T>(h0, "h0", {batch, hidden});
-    if (!kernels.info.has_c && !c0.is_none()) fail("c0", "None, for the cell has no c", describe_type(c0));
+    if (!kernels.info.has_c) require(c0, "c0", false, kNoC);
     c0_ = borrow_optional<T>(c0, "c0", {batch, hidden});
   }
 
@@ -135,13 +142,6 @@ template <class T> struct Shapes {
 Array borrow_scratch(py::handle o, std::size_t bytes) {
   return borrow<std::uint8_t>(o, "scratch", {{"bytes", py::ssize_t(bytes)}}, true);
 }
-
-// Arrays that must be there, or must not: those of c depend on the cell, those of the tape on whether one is kept.
-void require(py::handle array, const char* name, bool needed, const char* reason) {
-  if (array.is_none() == needed)
-    fail(name, needed ? "an array" : std::string("None, for ") + reason, needed ? "None" : describe_type(array));
-}
-constexpr const char *kNoC = "the cell has no c", *kNoTape = "no tape is kept";
 
 int check_threads(int threads) {
   if (threads < 1) fail("threads", "at least 1", std::to_string(threads));

@@ -80,7 +80,7 @@ template <class Cell, class T> struct Pass {
   }
   Index chunk_capacity() const { return least(rows.count, chunk_target() + d.N); }
 
-  Index group_panels(Index group) const { return least(P - group * Facts::group, Facts::group); }
+  Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
 
   // The hidden state before step s of sorted position i, or null for zeros.
   GATEWISE_FN const T* previous_h(const T* y, Index s, Index i) const {

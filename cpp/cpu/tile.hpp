@@ -116,13 +116,13 @@ template <class F> GATEWISE_FN void for_each_tile(Index n, Index most, F f) {
 template <int Gates> struct Panels {
   static constexpr int per_group = Gates >= 3 ? 1 : Gates == 2 ? 2 : GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
   static constexpr int registers = per_group * Gates;
+  static Index in_group(Index group, Index panels) { return least(panels - group * per_group, per_group); }
 };
 
 // packed[group][k][panel in group][slot][lane] = w[gate(slot) * H + unit][k], zero where there is no such unit
 template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group,
-              panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
   T* out = packed + first * Gates * W * K;
   for (Index b = 0; b < panels; ++b)
     for (int slot = 0; slot < Gates; ++slot)
@@ -138,8 +138,7 @@ template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K
 template <class T, int Gates, class Gate>
 void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group,
-              panels = least(ceil_div(H, W) - first, Panels<Gates>::per_group);
+  const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
   const T* in = packed + first * Gates * W * K;
   for (Index b = 0; b < panels; ++b)
     for (int slot = 0; slot < Gates; ++slot)

@@ -117,8 +117,8 @@ def gradients(
             )
 
     rng = np.random.default_rng(seed)
-    base = _named(forward(params))
-    again = _named(forward(params))
+    outputs = forward(params)
+    base, again = _named(outputs), _named(forward(params))
     for name, array in base.items():
         if array.dtype != np.float64:
             raise ValueError(f"{name}: expected forward to return float64; got {array.dtype}")
@@ -127,7 +127,6 @@ def gradients(
     weights = {name: rng.standard_normal(array.shape) for name, array in base.items()}
     size = sum(float(np.abs(weights[name] * array).sum()) for name, array in base.items())
 
-    outputs = forward(params)
     analytic = backward(params, weights if isinstance(outputs, Mapping) else weights[""])
 
     def loss(changed: Arrays) -> float:

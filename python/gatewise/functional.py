@@ -226,6 +226,7 @@ def _wanted(wanted: Iterable[str] | None, has_c: bool) -> frozenset[str]:
     if wanted is None:
         return known
     names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    # compared one by one: what came may not be hashable
     if unknown := [repr(name) for name in names if name not in [*known]]:
         fields = ", ".join(name for name in Gradients._fields if name in known)
         raise ValueError(f"wanted: expected names among {fields}; got {', '.join(unknown)}")
