@@ -31,7 +31,7 @@ template <class T> constexpr Functions<T> functions() {
 }
 
 template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {
-  return {sizes<Cell, T>, forward<Cell, T>, backward<Cell, T>};
+  return {sizes<Cell, T>, pack_weights<Cell, T>, forward<Cell, T>, backward<Cell, T>};
 }
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {

@@ -56,6 +56,25 @@ template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
   return {Sharing::alone, 1};
 }
 
+// Attributes the time of a call's first thread to its parts, if the caller wants to know.
+class Meter {
+ public:
+  explicit Meter(Ticks* ticks) : ticks_(ticks), last_(ticks ? now() : 0) {}
+  void start() {
+    if (ticks_) last_ = now();
+  }
+  // What has passed since the last start() or stop() belongs to `part`.
+  void stop(std::uint64_t Ticks::* part) {
+    if (!ticks_) return;
+    const std::uint64_t time = now();
+    ticks_->*part += time - last_, last_ = time;
+  }
+
+ private:
+  Ticks* ticks_;
+  std::uint64_t last_;
+};
+
 // What forward and backward have in common: the problem, its rows, and how to find things in it.
 template <class Cell, class T> struct Pass {
   using Facts = CellFacts<Cell, T>;
@@ -69,6 +88,7 @@ template <class Cell, class T> struct Pass {
   Index groups;  // of panels
   Rows rows;
   Plan how;
+  Meter meter{nullptr};
 
   Pass(const Problem<T>& p, Arena& arena, int threads)
       : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
@@ -113,6 +133,36 @@ template <class T> void zero_padding(const Problem<T>& p, T* array, Index width,
 
 // ---------------------------------------------------------------------------------------------------- forward
 
+// The weights as forward reads them. bias [P][G + 1][W] is what is added to gx, and to gh of a split cell's last gate.
+template <class Cell, class T> struct PackedWeights {
+  using Facts = CellFacts<Cell, T>;
+  using V = Vec<T>;
+  static constexpr Index W = Facts::W;
+  static constexpr int G = Facts::G;
+
+  Dims d;
+  Index P;
+  T *w_ih, *w_hh, *bias;
+
+  PackedWeights(const Dims& d, Arena& arena)
+      : d(d), P(ceil_div(d.H, W)), w_ih(arena.take<T>(P * G * W * d.I)), w_hh(arena.take<T>(P * G * W * d.H)),
+        bias(arena.take<T>(P * (G + 1) * W)) {}
+
+  void fill(const Weights<T>& w, Range groups) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
+      pack<T, G>(w.w_hh, d.H, d.H, Facts::h_gate, q, w_hh);
+      for (Index p = q * Facts::group; p < q * Facts::group + Panels<G>::in_group(q, P); ++p)
+        for (int g = 0; g <= G; ++g) {
+          const Index gate = least(g, G - 1) * d.H + p * W, n = d.H - p * W;
+          const V ih = w.b_ih ? V::load(w.b_ih + gate, n) : V(0), hh = w.b_hh ? V::load(w.b_hh + gate, n) : V(0);
+          const bool apart = Cell::split && g == G - 1;  // r acts on b_hh too: it cannot move into gx
+          (g == G ? hh : apart ? ih : ih + hh).store(bias + (p * (G + 1) + g) * W);
+        }
+    }
+  }
+};
+
 template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   using Base = Pass<Cell, T>;
   using Base::d, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
@@ -120,14 +170,14 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   using typename Base::V;
 
   Forward<T> call;
-  T *w_ih, *w_hh, *bias;  // packed; bias [P][G + 1][W]: what is added to gx, and to gh of a split cell's last gate
+  PackedWeights<Cell, T> weights;
   T* gx;
   T* states;  // the tape's, or only the current ones
   Index states_stride;
 
-  ForwardPass(const Forward<T>& call, Arena& arena)
-      : Base(call.problem, arena, call.threads), call(call), w_ih(arena.take<T>(P * G * W * d.I)),
-        w_hh(arena.take<T>(P * G * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
+  ForwardPass(const Forward<T>& call, Arena& arena) : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
+  ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
+      : Base(call.problem, arena, call.threads), call(call), weights(d, call.packed ? packed : arena),
         gx(arena.take<T>(P * this->chunk_capacity() * G * W)), states(call.states), states_stride(this->state_rows()) {
     if (!Cell::has_c) return;
     T* current = arena.take<T>(P * d.N * W);
@@ -137,32 +187,19 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   bool keeps_tape() const { return call.saved != nullptr; }
   Index state_row(Index s) const { return keeps_tape() ? Base::state_row(s) : 0; }
 
-  void pack_weights(Range groups) {
-    const Weights<T>& w = problem.weights;
-    for (Index q = groups.begin; q < groups.end; ++q) {
-      pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
-      pack<T, G>(w.w_hh, d.H, d.H, Facts::h_gate, q, w_hh);
-      for (Index p = q * Facts::group; p < q * Facts::group + this->group_panels(q); ++p)
-        for (int g = 0; g <= G; ++g) {
-          const Index gate = least(g, G - 1) * d.H + p * W, n = d.H - p * W;
-          const V ih = w.b_ih ? V::load(w.b_ih + gate, n) : V(0), hh = w.b_hh ? V::load(w.b_hh + gate, n) : V(0);
-          const bool apart = Cell::split && g == G - 1;  // r acts on b_hh too: it cannot move into gx
-          (g == G ? hh : apart ? ih : ih + hh).store(bias + (p * (G + 1) + g) * W);
-        }
-    }
-  }
-
   // gx of packed rows [begin, end), in a chunk that starts at row `chunk`
   void project(Index chunk, Range packed) {
     for (Index q = 0; q < this->groups; ++q) {
       const Index panels = this->group_panels(q), registers = panels * G;
-      const T* weights = w_ih + q * Facts::group * G * W * d.I;
+      const T* w_ih = weights.w_ih + q * Facts::group * G * W * d.I;
       for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index row = packed.begin + first;
         const T* x[kMaxRows] = {};
         for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.time_row[row + r] * d.I;
         Tile<T> tile;
-        kMultiplyRows<T>[registers - 1][height - 1](x, {d.I, 1, 0}, weights, tile);
+        this->meter.start();
+        kMultiplyRows<T>[registers - 1][height - 1](x, {d.I, 1, 0}, w_ih, tile);
+        this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b) {
             const Index p = q * Facts::group + b;
@@ -170,9 +207,10 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
             T* out = gx + (p * this->chunk_capacity() + row + r - chunk) * G * W;
             GATEWISE_UNROLL
             for (int g = 0; g < G; ++g) {
-              (V::load(product + g * W) + V::load(bias + (p * (G + 1) + g) * W)).store(out + g * W);
+              (V::load(product + g * W) + V::load(weights.bias + (p * (G + 1) + g) * W)).store(out + g * W);
             }
           }
+        this->meter.stop(&Ticks::epilogues);
       });
     }
   }
@@ -181,17 +219,20 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   void step(Index s, Index chunk, Range positions, Range groups) {
     for (Index q = groups.begin; q < groups.end; ++q) {
       const Index panels = this->group_panels(q), registers = panels * G;
-      const T* weights = w_hh + q * Facts::group * G * W * d.H;
+      const T* w_hh = weights.w_hh + q * Facts::group * G * W * d.H;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
         const T* h[kMaxRows] = {};
         for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r);
         Tile<T> tile;
-        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, {d.H, 1, 0}, weights, tile);
+        this->meter.start();
+        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, {d.H, 1, 0}, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
+        this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b)
             finish(s, chunk, i + r, q * Facts::group + b, h[r], tile.numbers + (r * panels + b) * G * W);
+        this->meter.stop(&Ticks::epilogues);
       });
     }
   }
@@ -204,7 +245,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     V x[G], hidden[G], saved[S];
     GATEWISE_UNROLL
     for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W), hidden[g] = V::load(product + g * W);
-    if (Cell::split) hidden[G - 1] = hidden[G - 1] + V::load(bias + (p * (G + 1) + G) * W);
+    if (Cell::split) hidden[G - 1] = hidden[G - 1] + V::load(weights.bias + (p * (G + 1) + G) * W);
     State<V> prev{h ? V::load(h + p * W, lanes) : V(0), V(0)};
     if (Cell::has_c) prev.c = V::load(states_panel + (state_row(s - 1) + i) * W);
     const State<V> next = Cell::forward(x, hidden, prev, saved);
@@ -233,7 +274,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
     const Range own_groups = by_panels ? share(this->groups, id, team.size) : Range{0, this->groups};
 
-    pack_weights(share(this->groups, id, team.size));
+    if (!call.packed) weights.fill(problem.weights, share(this->groups, id, team.size));
     zero_padding(problem, call.y, d.H, sequences);
     if (Cell::has_c) this->gather(problem.sequence.c0, states, states_stride, sequences);
     team.barrier();
@@ -275,11 +316,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   };
 
   Backward<T> call;
-  Side sides[2];  // of x, of h
-  const Side &x = sides[0], &h = sides[1];
+  Side sides[2];         // of x, of h
   T* bias_sums;          // [P][D][W]
   T* dgates[2];          // of this chunk and of the one after it, whose first step is still needed
   T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
+
+  const Side& x() const { return sides[0]; }
+  const Side& h() const { return sides[1]; }
 
   Side side(Arena& arena, Index columns, int block, int (*gate)(int), const T* weights, T* d_weights, bool product) {
     const Index size = P * G * W * columns;
@@ -314,6 +357,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       const T* weights = side.packed + first_register * W * P * G * W;
       for_each_tile(count, rows_per_tile(registers), [&](Index first, Index height) {
         Tile<T> tile;
+        this->meter.start();
         if (gates) {
           const T* a[kMaxRows] = {};
           for (Index r = 0; r < height; ++r) a[r] = gates + gate_row(0, first + r) + side.block * W;
@@ -321,9 +365,11 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         } else {
           zero(tile.numbers, height * registers * W);
         }
+        this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index v = 0; v < registers; ++v)
             f(first + r, first_register + v, V::load(tile.numbers + (r * registers + v) * W));
+        this->meter.stop(&Ticks::epilogues);
       });
     }
   }
@@ -333,9 +379,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const Index live = rows.live(s), continuing = s + 1 < d.T ? rows.live(s + 1) : 0;
     const Range fed{least(own.begin, continuing), least(own.end, continuing)};
     const Range last{own.begin > continuing ? own.begin : continuing, least(own.end, live)};  // s is their last step
-    product(h, later + gate_row(0, fed.begin), fed.size(), groups,
+    product(h(), later + gate_row(0, fed.begin), fed.size(), groups,
             [&](Index r, Index p, V dh) { finish(s, gates, chunk, fed.begin + r, p, dh); });
-    product(h, nullptr, last.size(), groups,
+    product(h(), nullptr, last.size(), groups,
             [&](Index r, Index p, V dh) { finish(s, gates, chunk, last.begin + r, p, dh); });
   }
 
@@ -377,7 +423,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       for (Index s = first_step; s < end_step; ++s)
         for (Index i = 0; i < rows.live(s); ++i) {
           const Index row = rows.offset[s] + i;
-          const T* from = &side == &x ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
+          const T* from =
+              &side == &x() ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
           T* to = side.operand + (tile * capacity + row - chunk) * kRows;
           if (!from) zero(to, n);
           else if (n == kRows) copy(from + column, to, kRows);  // of a size the compiler knows
@@ -398,10 +445,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const Index height = least(kRows, side.columns - column);
         const T* a = side.operand + column * this->chunk_capacity();
         Tile<T> tile;
+        this->meter.start();
         kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, W* D, tile);
+        this->meter.stop(&Ticks::products);
         T* sum = sums + column * registers * W;
         for (Index v = 0; v < height * registers; ++v, sum += W)
           (V::load(sum) + V::load(tile.numbers + v * W)).store(sum);
+        this->meter.stop(&Ticks::epilogues);
       }
     }
   }
@@ -425,7 +475,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   void write_weight_gradients(Range groups) {
     for (const Side& side : sides) {
-      T* d_bias = &side == &x ? call.db_ih : call.db_hh;
+      T* d_bias = &side == &x() ? call.db_ih : call.db_hh;
       for (Index q = groups.begin; q < groups.end; ++q) {
         if (side.d_weights) unpack_add<T, G>(side.sums, d.H, side.columns, side.gate, q, side.d_weights);
         if (!d_bias) continue;
@@ -443,10 +493,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void prepare(Range sequences, Range groups, Range h_columns, Range x_columns) {
     const Range panels = panels_of(groups);
     for (Index q = h_columns.begin; q < h_columns.end; ++q)
-      pack_columns<T, G>(h.weights, d.H, d.H, h.gate, q, h.packed);
+      pack_columns<T, G>(h().weights, d.H, d.H, h().gate, q, h().packed);
     if (call.dx) {
       for (Index q = x_columns.begin; q < x_columns.end; ++q)
-        pack_columns<T, G>(x.weights, d.H, d.I, x.gate, q, x.packed);
+        pack_columns<T, G>(x().weights, d.H, d.I, x().gate, q, x().packed);
       zero_padding(problem, call.dx, d.I, sequences);
     }
     for (const Side& side : sides)
@@ -464,9 +514,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   // What follows from the gate gradients of a chunk of `count` rows that starts at row `chunk`
   void finish_chunk(const T* gates, Index chunk, Index count, Range part, Range groups) {
     if (call.dx)
-      product(x, gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)}, [&](Index r, Index v, V dx) {
-        dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
-      });
+      product(x(), gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)},
+              [&](Index r, Index v, V dx) {
+                dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
+              });
     for (const Side& side : sides)
       if (side.d_weights) weight_gradient(side, gates, count, groups);
     if (call.db_ih || call.db_hh) bias_gradient(gates, count, panels_of(groups));
@@ -511,36 +562,56 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const auto store = [&](Index i, Index p, V dh) {
       (dh + V::load(carry_h + (p * d.N + i) * W)).store(call.dh0 + rows.order[i] * d.H + p * W, d.H - p * W);
     };
-    product(h, first_step, live, columns, store);
-    product(h, nullptr, d.N - live, columns, [&](Index r, Index p, V dh) { store(live + r, p, dh); });
+    product(h(), first_step, live, columns, store);
+    product(h(), nullptr, d.N - live, columns, [&](Index r, Index p, V dh) { store(live + r, p, dh); });
   }
 };
 
 // ------------------------------------------------------------------------------------------------ entry points
 
-// A pass is built from its call and an arena; every thread of the team then runs it.
-template <class PassType, class Call> void run_pass(const Call& call) {
-  Arena arena(call.scratch);
-  PassType pass(call, arena);
-  pass.rows.fill(call.problem);
+// A pass is built from its call and an arena; every thread of the team then runs a copy of it.
+template <class PassType> void run_pass(PassType& pass, Ticks* ticks) {
+  Meter whole(ticks);
+  pass.rows.fill(pass.problem);
   run_team(
       pass.how.threads,
-      [](const void* p, Team& team, int id) { static_cast<PassType*>(const_cast<void*>(p))->run(team, id); }, &pass);
+      [](const void* shared, Team& team, int id) {
+        PassType own = *static_cast<const PassType*>(shared);
+        if (id == 0) own.meter = Meter(own.call.ticks);
+        own.run(team, id);
+      },
+      &pass);
+  whole.stop(&Ticks::all);
 }
 
-template <class Cell, class T> void forward(const Forward<T>& call) { run_pass<ForwardPass<Cell, T>>(call); }
-template <class Cell, class T> void backward(const Backward<T>& call) { run_pass<BackwardPass<Cell, T>>(call); }
+template <class Cell, class T> void forward(const Forward<T>& call) {
+  Arena arena(call.scratch);
+  ForwardPass<Cell, T> pass(call, arena);
+  run_pass(pass, call.ticks);
+}
+template <class Cell, class T> void backward(const Backward<T>& call) {
+  Arena arena(call.scratch);
+  BackwardPass<Cell, T> pass(call, arena);
+  run_pass(pass, call.ticks);
+}
+template <class Cell, class T> void pack_weights(const Problem<T>& problem, void* packed) {
+  Arena arena(packed);
+  PackedWeights<Cell, T> weights(problem.dims, arena);
+  weights.fill(problem.weights, {0, ceil_div(weights.P, Panels<Cell::G>::per_group)});
+}
 
 // Scratch as it is when everything is wanted
 template <class Cell, class T> Sizes sizes(const Problem<T>& problem) {
   T any;
-  Arena forward_arena(nullptr), backward_arena(nullptr);
+  Arena forward_arena(nullptr), backward_arena(nullptr), packed_arena(nullptr);
+  const PackedWeights<Cell, T> weights(problem.dims, packed_arena);
   const ForwardPass<Cell, T> f({problem, {}, {}, {}, {}, {}, {}, 1}, forward_arena);
   const BackwardPass<Cell, T> b({problem, {}, {}, {}, {}, {}, {}, &any, {}, {}, &any, &any, {}, {}, {}, 1},
                                 backward_arena);
   const Index panel = Vec<T>::width;
   return {std::size_t(f.P * f.rows.count * Cell::S * panel),
-          std::size_t(Cell::has_c ? f.P * f.state_rows() * panel : 0), forward_arena.bytes(), backward_arena.bytes()};
+          std::size_t(Cell::has_c ? f.P * f.state_rows() * panel : 0), packed_arena.bytes(), forward_arena.bytes(),
+          backward_arena.bytes()};
 }
 
 }}}  // namespace gatewise::GATEWISE_ARCH

@@ -33,8 +33,12 @@ template <class T> struct Problem {
   Sequence<T> sequence;
 };
 
-// Elements of the tape's opaque buffers and bytes of scratch. Their layout belongs to the arch that wrote them.
-struct Sizes { std::size_t saved, states, forward_scratch, backward_scratch; };
+// Elements of the tape's opaque buffers, and bytes of the others. Their layout belongs to the arch that wrote them.
+struct Sizes { std::size_t saved, states, packed, forward_scratch, backward_scratch; };
+
+// Where the time of a call's first thread went, in ticks of the CPU's clock: into products, into what is done to
+// their tiles (mostly the cells), into all. A call adds to them.
+struct Ticks { std::uint64_t products, epilogues, all; };
 
 template <class T> struct Forward {
   Problem<T> problem;
@@ -45,6 +49,8 @@ template <class T> struct Forward {
   T* states;      // the tape's cell states; null when saved is
   void* scratch;  // Sizes::forward_scratch bytes
   int threads;
+  const void* packed = nullptr;  // what pack() made of these weights on this arch, or null: packed for this call
+  Ticks* ticks = nullptr;        // or null: not measured
 };
 
 template <class T> struct Backward {
@@ -55,6 +61,7 @@ template <class T> struct Backward {
   T *dw_ih, *dw_hh, *db_ih, *db_hh;  // outgoing, each may be null: not wanted; added to
   void* scratch;                     // Sizes::backward_scratch bytes
   int threads;
+  Ticks* ticks = nullptr;  // or null: not measured
 };
 
 struct CellInfo {
@@ -65,6 +72,7 @@ struct CellInfo {
 
 template <class T> struct CellKernels {
   Sizes (*sizes)(const Problem<T>&);
+  void (*pack)(const Problem<T>&, void* packed);  // the weights for forward, into Sizes::packed bytes
   void (*forward)(const Forward<T>&);
   void (*backward)(const Backward<T>&);
 };
