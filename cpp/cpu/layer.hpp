@@ -88,17 +88,14 @@ template <class Cell, class T> struct Pass {
   Index groups;  // of panels
   Rows rows;
   Plan how;
+  Index chunk_target, chunk_capacity;  // rows: a chunk ends at the first step that reaches the target
   Meter meter{nullptr};
 
   Pass(const Problem<T>& p, Arena& arena, int threads)
       : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
-        rows(arena, d.T, d.N, count_rows(p)), how(plan<Cell>(d, rows.count, threads)) {}
-
-  Index chunk_target() const {
-    const Index fit = kChunkBytes / (P * W * D * Index(sizeof(T)));
-    return fit < kLeastChunkRows ? kLeastChunkRows : least(fit, kMostChunkRows);
-  }
-  Index chunk_capacity() const { return least(rows.count, chunk_target() + d.N); }
+        rows(arena, d.T, d.N, count_rows(p)), how(plan<Cell>(d, rows.count, threads)),
+        chunk_target(between(kLeastChunkRows, kChunkBytes / (P * W * D * Index(sizeof(T))), kMostChunkRows)),
+        chunk_capacity(least(rows.count, chunk_target + d.N)) {}
 
   Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
 
@@ -178,7 +175,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   ForwardPass(const Forward<T>& call, Arena& arena) : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
   ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
       : Base(call.problem, arena, call.threads), call(call), weights(d, call.packed ? packed : arena),
-        gx(arena.take<T>(P * this->chunk_capacity() * G * W)), states(call.states), states_stride(this->state_rows()) {
+        gx(arena.take<T>(P * this->chunk_capacity * G * W)), states(call.states), states_stride(this->state_rows()) {
     if (!Cell::has_c) return;
     T* current = arena.take<T>(P * d.N * W);
     if (!call.saved) states = current, states_stride = d.N;
@@ -204,7 +201,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           for (Index b = 0; b < panels; ++b) {
             const Index p = q * Facts::group + b;
             const T* product = tile.numbers + (r * panels + b) * G * W;
-            T* out = gx + (p * this->chunk_capacity() + row + r - chunk) * G * W;
+            T* out = gx + (p * this->chunk_capacity + row + r - chunk) * G * W;
             GATEWISE_UNROLL
             for (int g = 0; g < G; ++g) {
               (V::load(product + g * W) + V::load(weights.bias + (p * (G + 1) + g) * W)).store(out + g * W);
@@ -229,31 +226,39 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, {d.H, 1, 0}, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
-        for (Index r = 0; r < height; ++r)
-          for (Index b = 0; b < panels; ++b)
-            finish(s, chunk, i + r, q * Facts::group + b, h[r], tile.numbers + (r * panels + b) * G * W);
+        for (Index b = 0; b < panels; ++b)
+          finish(s, chunk, i, height, q * Facts::group + b, h, tile.numbers + b * G * W, registers * W);
         this->meter.stop(&Ticks::epilogues);
       });
     }
   }
 
-  // The epilogue: the cell on one row of one panel
-  GATEWISE_FN void finish(Index s, Index chunk, Index i, Index p, const T* h, const T* product) {
-    const Index row = rows.offset[s] + i, lanes = d.H - p * W;
-    const T* gx_row = gx + (p * this->chunk_capacity() + row - chunk) * G * W;
-    T* states_panel = states + p * states_stride * W;
-    V x[G], hidden[G], saved[S];
-    GATEWISE_UNROLL
-    for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W), hidden[g] = V::load(product + g * W);
-    if (Cell::split) hidden[G - 1] = hidden[G - 1] + V::load(weights.bias + (p * (G + 1) + G) * W);
-    State<V> prev{h ? V::load(h + p * W, lanes) : V(0), V(0)};
-    if (Cell::has_c) prev.c = V::load(states_panel + (state_row(s - 1) + i) * W);
-    const State<V> next = Cell::forward(x, hidden, prev, saved);
-    next.h.store(call.y + rows.time_row[row] * d.H + p * W, lanes);
-    if (Cell::has_c) next.c.store(states_panel + (state_row(s) + i) * W);
-    if (keeps_tape()) {
+  // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart
+  GATEWISE_FN void finish(Index s, Index chunk, Index i, Index height, Index p, const T* const* h, const T* products,
+                          Index stride) {
+    const Index row = rows.offset[s] + i, unit = p * W, lanes = d.H - unit;
+    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+    const T* c_prev = states + (p * states_stride + state_row(s - 1) + i) * W;
+    T* c_next = states + (p * states_stride + state_row(s) + i) * W;
+    T* kept = call.saved + (p * rows.count + row) * S * W;
+    const Index* time_row = rows.time_row + row;
+    const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
+    for (Index r = 0; r < height; ++r) {
+      V x[G], hidden[G], saved[S];
       GATEWISE_UNROLL
-      for (int k = 0; k < S; ++k) saved[k].store(call.saved + ((p * rows.count + row) * S + k) * W);
+      for (int g = 0; g < G; ++g) {
+        x[g] = V::load(gx_row + (r * G + g) * W);
+        hidden[g] = V::load(products + r * stride + g * W);
+      }
+      if (Cell::split) hidden[G - 1] = hidden[G - 1] + b_hh;
+      State<V> prev{h[r] ? V::load(h[r] + unit, lanes) : V(0), V(0)};
+      if (Cell::has_c) prev.c = V::load(c_prev + r * W);
+      const State<V> next = Cell::forward(x, hidden, prev, saved);
+      next.h.store(call.y + time_row[r] * d.H + unit, lanes);
+      if (Cell::has_c) next.c.store(c_next + r * W);
+      if (!keeps_tape()) continue;
+      GATEWISE_UNROLL
+      for (int k = 0; k < S; ++k) saved[k].store(kept + (r * S + k) * W);
     }
   }
 
@@ -280,7 +285,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     team.barrier();
     for (Index s = 0, end; s < d.T && rows.live(s) > 0; s = end) {
       const Index chunk = rows.offset[s];
-      for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target();) ++end;
+      for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target;) ++end;
       const Range part = share(rows.offset[end] - chunk, id, team.size);
       project(chunk, {chunk + part.begin, chunk + part.end});
       team.barrier();
@@ -333,7 +338,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
             d_weights,
             product ? arena.take<T>(P * G * W * ceil_div(columns, W) * W) : nullptr,
             d_weights ? arena.take<T>(size) : nullptr,
-            d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * this->chunk_capacity()) : nullptr};
+            d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * this->chunk_capacity) : nullptr};
   }
 
   BackwardPass(const Backward<T>& call, Arena& arena)
@@ -341,15 +346,15 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         sides{side(arena, d.I, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih, call.dx),
               side(arena, d.H, Facts::h_block, Facts::h_gate, problem.weights.w_hh, call.dw_hh, true)},
         bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)) {
-    for (T*& buffer : dgates) buffer = arena.take<T>(P * this->chunk_capacity() * D * W);
+    for (T*& buffer : dgates) buffer = arena.take<T>(P * this->chunk_capacity * D * W);
   }
 
   GATEWISE_FN Index gate_row(Index p, Index chunk_row) const {
-    return (p * this->chunk_capacity() + chunk_row) * D * W;
+    return (p * this->chunk_capacity + chunk_row) * D * W;
   }
 
-  // Products of rows of dgates with one side's weights, in tiles: f(row, register of columns, its value). Null gates
-  // are zeros.
+  // Products of rows of dgates with one side's weights, in tiles: f(first row, how many, register of columns, their
+  // values, the values' stride). Null gates are zeros.
   template <class F> void product(const Side& side, const T* gates, Index count, Range groups, F f) {
     for (Index q = groups.begin; q < groups.end; ++q) {
       const Index first_register = q * kColumnRegisters;
@@ -366,9 +371,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           zero(tile.numbers, height * registers * W);
         }
         this->meter.stop(&Ticks::products);
-        for (Index r = 0; r < height; ++r)
-          for (Index v = 0; v < registers; ++v)
-            f(first + r, first_register + v, V::load(tile.numbers + (r * registers + v) * W));
+        for (Index v = 0; v < registers; ++v)
+          f(first, height, first_register + v, tile.numbers + v * W, registers * W);
         this->meter.stop(&Ticks::epilogues);
       });
     }
@@ -379,45 +383,54 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const Index live = rows.live(s), continuing = s + 1 < d.T ? rows.live(s + 1) : 0;
     const Range fed{least(own.begin, continuing), least(own.end, continuing)};
     const Range last{own.begin > continuing ? own.begin : continuing, least(own.end, live)};  // s is their last step
-    product(h(), later + gate_row(0, fed.begin), fed.size(), groups,
-            [&](Index r, Index p, V dh) { finish(s, gates, chunk, fed.begin + r, p, dh); });
-    product(h(), nullptr, last.size(), groups,
-            [&](Index r, Index p, V dh) { finish(s, gates, chunk, last.begin + r, p, dh); });
+    const auto finish_from = [&](Index i) {
+      return [=](Index first, Index height, Index p, const T* dh, Index stride) {
+        finish(s, gates, chunk, i + first, height, p, dh, stride);
+      };
+    };
+    product(h(), later + gate_row(0, fed.begin), fed.size(), groups, finish_from(fed.begin));
+    product(h(), nullptr, last.size(), groups, finish_from(last.begin));
   }
 
-  // The epilogue: the cell's backward on one row of one panel
-  GATEWISE_FN void finish(Index s, T* gates, Index chunk, Index i, Index p, V dh) {
-    const Index row = rows.offset[s] + i, lanes = d.H - p * W, at = rows.time_row[row] * d.H + p * W;
-    const Index carry = (p * d.N + i) * W;
-    const T* h_prev = this->previous_h(call.y, s, i);
-    const T* states = call.states + p * this->state_rows() * W;
-    V saved[S], dgx[G], dgh[G];
-    GATEWISE_UNROLL
-    for (int k = 0; k < S; ++k) saved[k] = V::load(call.saved + ((p * rows.count + row) * S + k) * W);
-    State<V> prev{h_prev ? V::load(h_prev + p * W, lanes) : V(0), V(0)}, next{V::load(call.y + at, lanes), V(0)};
-    State<V> grad{dh + V::load(carry_h + carry), V(0)};
-    if (call.dy) grad.h = grad.h + V::load(call.dy + at, lanes);
-    if (Cell::has_c) {
-      prev.c = V::load(states + (this->state_row(s - 1) + i) * W);
-      next.c = V::load(states + (this->state_row(s) + i) * W);
-      grad.c = V::load(carry_c + carry);
-    }
-    const State<V> before = Cell::backward(saved, prev, next, grad, dgx, dgh);
-    before.h.store(carry_h + carry);
-    if (Cell::has_c) before.c.store(carry_c + carry);
+  // The epilogue: the cell's backward on a tile's rows of one panel
+  GATEWISE_FN void finish(Index s, T* gates, Index chunk, Index i, Index height, Index p, const T* dh, Index stride) {
+    const Index row = rows.offset[s] + i, unit = p * W, lanes = d.H - unit;
+    const T* kept = call.saved + (p * rows.count + row) * S * W;
+    const T* c_prev = call.states + (p * this->state_rows() + this->state_row(s - 1) + i) * W;
+    const T* c_next = call.states + (p * this->state_rows() + this->state_row(s) + i) * W;
+    T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates + gate_row(p, row - chunk);
-    const auto put = [lanes](V block, T* to) {
-      if (lanes < W) V(0).store(to);
-      block.store(to, lanes);
-    };
-    GATEWISE_UNROLL
-    for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
-    if (Cell::split) put(dgh[G - 1], out + G * W);
+    const Index* time_row = rows.time_row + row;
+    for (Index r = 0; r < height; ++r, out += D * W) {
+      const Index at = time_row[r] * d.H + unit;
+      const T* h_prev = this->previous_h(call.y, s, i + r);
+      V saved[S], dgx[G], dgh[G];
+      GATEWISE_UNROLL
+      for (int k = 0; k < S; ++k) saved[k] = V::load(kept + (r * S + k) * W);
+      State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)}, next{V::load(call.y + at, lanes), V(0)};
+      State<V> grad{V::load(dh + r * stride) + V::load(h_carry + r * W), V(0)};
+      if (call.dy) grad.h = grad.h + V::load(call.dy + at, lanes);
+      if (Cell::has_c) {
+        prev.c = V::load(c_prev + r * W);
+        next.c = V::load(c_next + r * W);
+        grad.c = V::load(c_carry + r * W);
+      }
+      const State<V> before = Cell::backward(saved, prev, next, grad, dgx, dgh);
+      before.h.store(h_carry + r * W);
+      if (Cell::has_c) before.c.store(c_carry + r * W);
+      const auto put = [lanes](V block, T* to) {
+        if (lanes < W) V(0).store(to);
+        block.store(to, lanes);
+      };
+      GATEWISE_UNROLL
+      for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
+      if (Cell::split) put(dgh[G - 1], out + G * W);
+    }
   }
 
   // Copies the chunk's rows of x, or of the state before each step, into the order in which their tiles read them
   void pack_operand(const Side& side, Index first_step, Index end_step, Range tiles) {
-    const Index chunk = rows.offset[first_step], capacity = this->chunk_capacity();
+    const Index chunk = rows.offset[first_step], capacity = this->chunk_capacity;
     for (Index tile = tiles.begin; tile < tiles.end; ++tile) {
       const Index column = tile * kRows, n = least(kRows, side.columns - column);
       for (Index s = first_step; s < end_step; ++s)
@@ -443,7 +456,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       T* sums = side.sums + q * Facts::group * G * W * side.columns;
       for (Index column = 0; column < side.columns; column += kRows) {
         const Index height = least(kRows, side.columns - column);
-        const T* a = side.operand + column * this->chunk_capacity();
+        const T* a = side.operand + column * this->chunk_capacity;
         Tile<T> tile;
         this->meter.start();
         kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, W* D, tile);
@@ -515,8 +528,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void finish_chunk(const T* gates, Index chunk, Index count, Range part, Range groups) {
     if (call.dx)
       product(x(), gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)},
-              [&](Index r, Index v, V dx) {
-                dx.store(call.dx + rows.time_row[chunk + part.begin + r] * d.I + v * W, d.I - v * W);
+              [&](Index first, Index height, Index v, const T* dx, Index stride) {
+                for (Index r = 0; r < height; ++r)
+                  V::load(dx + r * stride)
+                      .store(call.dx + rows.time_row[chunk + part.begin + first + r] * d.I + v * W, d.I - v * W);
               });
     for (const Side& side : sides)
       if (side.d_weights) weight_gradient(side, gates, count, groups);
@@ -537,7 +552,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     while (end < d.T && rows.live(end) > 0) ++end;
     int current = 0;
     for (Index begin; end > 0; end = begin, current = 1 - current) {
-      for (begin = end - 1; begin > 0 && rows.offset[end] - rows.offset[begin] < this->chunk_target();) --begin;
+      for (begin = end - 1; begin > 0 && rows.offset[end] - rows.offset[begin] < this->chunk_target;) --begin;
       const Index chunk = rows.offset[begin], count = rows.offset[end] - chunk;
       T* gates = dgates[current];
       for (Index s = end - 1; s >= begin; --s) {
@@ -559,11 +574,15 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   void initial_state_gradient(const T* first_step, Range columns) {
     const Index live = d.T > 0 ? rows.live(0) : 0;
-    const auto store = [&](Index i, Index p, V dh) {
-      (dh + V::load(carry_h + (p * d.N + i) * W)).store(call.dh0 + rows.order[i] * d.H + p * W, d.H - p * W);
+    const auto store_from = [&](Index i) {
+      return [=](Index first, Index height, Index p, const T* dh, Index stride) {
+        for (Index r = 0; r < height; ++r)
+          (V::load(dh + r * stride) + V::load(carry_h + (p * d.N + i + first + r) * W))
+              .store(call.dh0 + rows.order[i + first + r] * d.H + p * W, d.H - p * W);
+      };
     };
-    product(h(), first_step, live, columns, store);
-    product(h(), nullptr, d.N - live, columns, [&](Index r, Index p, V dh) { store(live + r, p, dh); });
+    product(h(), first_step, live, columns, store_from(0));
+    product(h(), nullptr, d.N - live, columns, store_from(live));
   }
 };
 

@@ -84,13 +84,23 @@ template <class T> GATEWISE_FN auto operator<=(Vec<T> a, Vec<T> b) { return a.na
 template <class T, class M> GATEWISE_FN Vec<T> select(M mask, Vec<T> yes, Vec<T> no) {
   return Vec<T>::of(mask ? yes.native : no.native);
 }
-// Clamps keep NaN: a comparison with NaN is false and returns x.
-template <class T> GATEWISE_FN Vec<T> at_most(Vec<T> limit, Vec<T> x) { return select(limit < x, limit, x); }
-template <class T> GATEWISE_FN Vec<T> at_least(Vec<T> limit, Vec<T> x) { return select(x < limit, limit, x); }
 
 // ---- the instructions that vector types cannot say
 
+// Clamps keep NaN. The x86 instructions return their second operand where the comparison says nothing.
 #if defined(__AVX512F__)
+GATEWISE_FN Vec<float> at_most(Vec<float> limit, Vec<float> x) {
+  return Vec<float>::of(_mm512_maskz_min_ps(0xffff, limit.native, x.native));
+}
+GATEWISE_FN Vec<double> at_most(Vec<double> limit, Vec<double> x) {
+  return Vec<double>::of(_mm512_maskz_min_pd(0xff, limit.native, x.native));
+}
+GATEWISE_FN Vec<float> at_least(Vec<float> limit, Vec<float> x) {
+  return Vec<float>::of(_mm512_maskz_max_ps(0xffff, limit.native, x.native));
+}
+GATEWISE_FN Vec<double> at_least(Vec<double> limit, Vec<double> x) {
+  return Vec<double>::of(_mm512_maskz_max_pd(0xff, limit.native, x.native));
+}
 template <> GATEWISE_FN Vec<float> Vec<float>::broadcast(const float* p) { return of(_mm512_set1_ps(*p)); }
 template <> GATEWISE_FN Vec<double> Vec<double>::broadcast(const double* p) { return of(_mm512_set1_pd(*p)); }
 GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -114,6 +124,18 @@ template <> GATEWISE_FN void Vec<double>::store(double* p, Index n) const {
 }
 
 #elif defined(__AVX2__)
+GATEWISE_FN Vec<float> at_most(Vec<float> limit, Vec<float> x) {
+  return Vec<float>::of(_mm256_min_ps(limit.native, x.native));
+}
+GATEWISE_FN Vec<double> at_most(Vec<double> limit, Vec<double> x) {
+  return Vec<double>::of(_mm256_min_pd(limit.native, x.native));
+}
+GATEWISE_FN Vec<float> at_least(Vec<float> limit, Vec<float> x) {
+  return Vec<float>::of(_mm256_max_ps(limit.native, x.native));
+}
+GATEWISE_FN Vec<double> at_least(Vec<double> limit, Vec<double> x) {
+  return Vec<double>::of(_mm256_max_pd(limit.native, x.native));
+}
 template <> GATEWISE_FN Vec<float> Vec<float>::broadcast(const float* p) { return of(_mm256_broadcast_ss(p)); }
 template <> GATEWISE_FN Vec<double> Vec<double>::broadcast(const double* p) { return of(_mm256_broadcast_sd(p)); }
 GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -142,6 +164,8 @@ template <> GATEWISE_FN void Vec<double>::store(double* p, Index n) const {
 }
 
 #else
+template <class T> GATEWISE_FN Vec<T> at_most(Vec<T> limit, Vec<T> x) { return select(limit < x, limit, x); }
+template <class T> GATEWISE_FN Vec<T> at_least(Vec<T> limit, Vec<T> x) { return select(x < limit, limit, x); }
 template <class T> GATEWISE_FN Vec<T> Vec<T>::broadcast(const T* p) {
   if constexpr (width == 4) return of(Native{*p, *p, *p, *p});
   else return of(Native{*p, *p});
@@ -176,10 +200,9 @@ template <class T> GATEWISE_FN Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return
 
 template <class T> struct Coefficients;
 template <> struct Coefficients<float> {
-  using Int = int;
-  static constexpr int mantissa_bits = 23;
-  static constexpr Int bias = 127;
-  static constexpr float round_magic = 0x1.8p23f;  // x + magic - magic rounds to the nearest integer
+  static constexpr int mantissa_bits = 23, bias = 127;
+  // x + magic rounds x to the nearest integer, and leaves it with the bias in the lowest bits
+  static constexpr float magic = 0x1.8p23f + bias;
   static constexpr float ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // n * ln2_hi is exact
   static constexpr float exp_low = -104.0f, exp_high = 89.0f;              // past these: 0 and inf
   static constexpr float sigmoid_low = -87.0f, sigmoid_high = 88.0f, tanh_high = 20.0f;
@@ -189,10 +212,8 @@ template <> struct Coefficients<float> {
   static constexpr float tanh[] = {-0x1.9a801cp-8f, 0x1.592254p-6f, -0x1.b925d4p-5f, 0x1.110d1ap-3f, -0x1.55554ap-2f};
 };
 template <> struct Coefficients<double> {
-  using Int = long long;
-  static constexpr int mantissa_bits = 52;
-  static constexpr Int bias = 1023;
-  static constexpr double round_magic = 0x1.8p52;
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double magic = 0x1.8p52 + bias;
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double sigmoid_low = -708.0, sigmoid_high = 709.0, tanh_high = 44.0;
@@ -214,29 +235,28 @@ template <class T, int N> GATEWISE_FN Vec<T> polynomial(const T (&highest_first)
 
 // e^x = 2^n (1 + q). The caller has clamped x so that n fits its use.
 template <class T> struct SplitExp {
-  typename Vec<T>::Integer n;
+  typename Vec<T>::Integer biased_n;  // in the lowest bits; above them stands what a shift drops
   Vec<T> q;
+
+  // 2^n for n within the normal exponents; n = -bias gives 0
+  GATEWISE_FN Vec<T> scale() const { return Vec<T>::of(biased_n << Coefficients<T>::mantissa_bits); }
 };
 template <class T> GATEWISE_FN SplitExp<T> split_exp(Vec<T> x) {
   using C = Coefficients<T>;
-  const Vec<T> magic(C::round_magic);
+  const Vec<T> magic(C::magic);
   const Vec<T> shifted = fma(x, Vec<T>(T(0x1.71547652b82fep0)), magic);  // log2(e)
   const Vec<T> n = shifted - magic;
   const Vec<T> r = fma(n, Vec<T>(-C::ln2_lo), fma(n, Vec<T>(-C::ln2_hi), x));
-  return {shifted.bits() - magic.bits(), fma(polynomial(C::expm1, r), r * r, r)};
-}
-
-// 2^n for n within the normal exponents; n = -bias gives 0
-template <class T> GATEWISE_FN Vec<T> power_of_two(typename Vec<T>::Integer n) {
-  using C = Coefficients<T>;
-  return Vec<T>::of((n + C::bias) << C::mantissa_bits);
+  return {shifted.bits(), fma(polynomial(C::expm1, r), r * r, r)};
 }
 
 template <class T> GATEWISE_FN Vec<T> exp(Vec<T> x) {
   using C = Coefficients<T>;
   const SplitExp<T> e = split_exp(at_least(Vec<T>(C::exp_low), at_most(Vec<T>(C::exp_high), x)));
-  const auto half = e.n >> 1;  // 2^n may overflow where the result does not: scale in two steps
-  return (Vec<T>(1) + e.q) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+  // 2^n may overflow where the result does not: scale in two steps
+  const auto n = e.biased_n - Vec<T>(C::magic).bits(), half = n >> 1;
+  const SplitExp<T> first{half + C::bias, e.q}, second{n - half + C::bias, e.q};
+  return (Vec<T>(1) + e.q) * first.scale() * second.scale();
 }
 
 template <class T> GATEWISE_FN Vec<T> absolute(Vec<T> x) { return Vec<T>::of(x.bits() & ~Vec<T>(T(-0.0)).bits()); }
@@ -244,9 +264,8 @@ template <class T> GATEWISE_FN Vec<T> absolute(Vec<T> x) { return Vec<T>::of(x.b
 template <class T> GATEWISE_FN Vec<T> sigmoid(Vec<T> x) {  // 1 / (1 + e^-x)
   using C = Coefficients<T>;
   const SplitExp<T> e = split_exp(at_least(Vec<T>(C::sigmoid_low), at_most(Vec<T>(C::sigmoid_high), -x)));
-  const Vec<T> one(1), scale = power_of_two<T>(e.n), sum = one + scale;
-  const Vec<T> lost = one - (sum - scale);  // what rounding took from the sum; matters where scale has no unit digit
-  return one / (sum + fma(scale, e.q, lost));
+  const Vec<T> one(1), scale = e.scale();
+  return one / (fma(scale, e.q, one) + scale);  // 1 + scale first would lose the 1 where scale is large
 }
 
 template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
@@ -254,7 +273,7 @@ template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
   using C = Coefficients<T>;
   const Vec<T> a = at_most(Vec<T>(C::tanh_high), absolute(x));
   const SplitExp<T> e = split_exp(a + a);
-  const Vec<T> scale = power_of_two<T>(e.n);
+  const Vec<T> scale = e.scale();
   const Vec<T> far = Vec<T>(1) - Vec<T>(2) / fma(scale, e.q, Vec<T>(1) + scale);
   const Vec<T> z = a * a;
   const Vec<T> near = fma(a * z, polynomial(C::tanh, z), a);
