@@ -25,6 +25,7 @@ template <class T> struct Element;
 template <> struct Element<float> { static constexpr const char *name = "float32", *formats = "f"; };
 template <> struct Element<double> { static constexpr const char *name = "float64", *formats = "d"; };
 template <> struct Element<std::int64_t> { static constexpr const char *name = "int64", *formats = "lq"; };
+template <> struct Element<std::uint64_t> { static constexpr const char *name = "uint64", *formats = "LQ"; };
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
 
 // A borrowed array: holding it keeps the memory where it is. The view itself must not move either, for its shape

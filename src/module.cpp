@@ -143,24 +143,32 @@ Array borrow_scratch(py::handle o, std::size_t bytes) {
   return borrow<std::uint8_t>(o, "scratch", {{"bytes", py::ssize_t(bytes)}}, true);
 }
 
+// The caller's array as what the kernels add to: in the order of Ticks' members
+Ticks* ticks_of(const Array& array) {
+  static_assert(sizeof(Ticks) == 3 * sizeof(std::uint64_t), "an array of three is a Ticks");
+  return reinterpret_cast<Ticks*>(array.data<std::uint64_t>());
+}
+Array borrow_ticks(py::handle o) { return borrow_optional<std::uint64_t>(o, "ticks", {{"3", 3}}, true); }
+
 int check_threads(int threads) {
   if (threads < 1) fail("threads", "at least 1", std::to_string(threads));
   return threads;
 }
 
 template <class T> void run_forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
-                                    py::handle states, py::handle scratch, int threads) {
+                                    py::handle states, py::handle scratch, int threads, py::handle ticks) {
   const Shapes<T> s{p};
   const Sizes sizes = p.sizes();
   const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
               cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", sizes.saved, true),
               states_ = s.buffer(states, "states", sizes.states, true),
-              scratch_ = borrow_scratch(scratch, sizes.forward_scratch);
+              scratch_ = borrow_scratch(scratch, sizes.forward_scratch), ticks_ = borrow_ticks(ticks);
   require(cn, "cn", has_c, kNoC);
   require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
   const Forward<T> call{p.problem<T>(),   y_.data<T>(),      hn_.data<T>(),         cn_.data<T>(),
-                        saved_.data<T>(), states_.data<T>(), scratch_.data<void>(), check_threads(threads)};
+                        saved_.data<T>(), states_.data<T>(), scratch_.data<void>(), check_threads(threads),
+                        nullptr,          ticks_of(ticks_)};
   const py::gil_scoped_release release;
   p.cell<T>().forward(call);
 }
@@ -168,7 +176,7 @@ template <class T> void run_forward(const LayerProblem& p, py::handle y, py::han
 template <class T> void run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
                                      py::handle dy, py::handle dhn, py::handle dcn, py::handle dx, py::handle dh0,
                                      py::handle dc0, py::handle dw_ih, py::handle dw_hh, py::handle db_ih,
-                                     py::handle db_hh, py::handle scratch, int threads) {
+                                     py::handle db_hh, py::handle scratch, int threads, py::handle ticks) {
   const Shapes<T> s{p};
   const Sizes sizes = p.sizes();
   const bool has_c = p.kernels.info.has_c;
@@ -178,14 +186,15 @@ template <class T> void run_backward(const LayerProblem& p, py::handle y, py::ha
               dx_ = s.out(dx, "dx", {s.T_, s.N_, s.I_}), dh0_ = s.out(dh0, "dh0", {s.N_, s.H_}),
               dc0_ = s.out(dc0, "dc0", {s.N_, s.H_}), dw_ih_ = s.out(dw_ih, "dw_ih", {s.G_, s.I_}),
               dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.H_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
-              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), scratch_ = borrow_scratch(scratch, sizes.backward_scratch);
+              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), scratch_ = borrow_scratch(scratch, sizes.backward_scratch),
+              ticks_ = borrow_ticks(ticks);
   require(saved, "saved", true, kNoTape);
   require(states, "states", has_c, kNoC);
   if (!has_c) require(dcn, "dcn", false, kNoC), require(dc0, "dc0", false, kNoC);
   const Backward<T> call{p.problem<T>(),      y_.data<const T>(),   saved_.data<const T>(), states_.data<const T>(),
                          dy_.data<const T>(), dhn_.data<const T>(), dcn_.data<const T>(),   dx_.data<T>(),
                          dh0_.data<T>(),      dc0_.data<T>(),       dw_ih_.data<T>(),       dw_hh_.data<T>(),
-                         db_ih_.data<T>(),    db_hh_.data<T>(),     scratch_.data<void>(),  check_threads(threads)};
+                         db_ih_.data<T>(),    db_hh_.data<T>(),     scratch_.data<void>(),  check_threads(threads), ticks_of(ticks_)};
   const py::gil_scoped_release release;
   p.cell<T>().backward(call);
 }
@@ -246,6 +255,19 @@ py::list list_archs() {
   return list;
 }
 
+// What built this module, and so the kernels
+std::string compiler() {
+#ifdef __clang__
+  const char* name = "clang++";
+  const int version[] = {__clang_major__, __clang_minor__, __clang_patchlevel__};
+#else
+  const char* name = "g++";
+  const int version[] = {__GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__};
+#endif
+  return std::string(name) + " " + std::to_string(version[0]) + "." + std::to_string(version[1]) + "." +
+         std::to_string(version[2]);
+}
+
 py::dict list_cells() {
   py::dict cells;
   const ArchKernels& any = *(archs().end - 1)->kernels;
@@ -266,6 +288,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.doc() = "The compiled kernels behind gatewise.functional.";
   m.attr("archs") = list_archs();
   m.attr("cells") = list_cells();
+  m.attr("compiler") = compiler();
   m.def("choose_arch", [] { return choose_arch().name; });
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
 
@@ -310,23 +333,23 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "forward",
       [](const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
-         py::handle scratch, int threads) {
-        p.typed([&](auto zero) { run_forward<decltype(zero)>(p, y, hn, cn, saved, states, scratch, threads); });
+         py::handle scratch, int threads, py::handle ticks) {
+        p.typed([&](auto zero) { run_forward<decltype(zero)>(p, y, hn, cn, saved, states, scratch, threads, ticks); });
       },
       py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),
-      py::arg("scratch"), py::arg("threads"));
+      py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
 
   m.def(
       "backward",
       [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
          py::handle dcn, py::handle dx, py::handle dh0, py::handle dc0, py::handle dw_ih, py::handle dw_hh,
-         py::handle db_ih, py::handle db_hh, py::handle scratch, int threads) {
+         py::handle db_ih, py::handle db_hh, py::handle scratch, int threads, py::handle ticks) {
         p.typed([&](auto zero) {
           run_backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh,
-                                       scratch, threads);
+                                       scratch, threads, ticks);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),
       py::arg("dcn"), py::arg("dx"), py::arg("dh0"), py::arg("dc0"), py::arg("dw_ih"), py::arg("dw_hh"),
-      py::arg("db_ih"), py::arg("db_hh"), py::arg("scratch"), py::arg("threads"));
+      py::arg("db_ih"), py::arg("db_hh"), py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
 }

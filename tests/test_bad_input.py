@@ -575,6 +575,17 @@ def test_gradients_going_out_are_checked(problem, name):
     refused(call, {**out, name: out[name].tolist()}, f"^{name}: expected float32 ", "got list")
 
 
+@pytest.mark.parametrize("bad, got", [
+    (np.zeros(3, np.int64), "got int64"), (np.zeros(2, np.uint64), r"got uint64 \(2,\)"), ([0, 0, 0], "got list"),
+    (np.zeros((3, 1), np.uint64), r"got uint64 \(3, 1\)"), (np.zeros(6, np.uint64)[::2], "not C-contiguous"),
+])  # fmt: skip
+def test_ticks_are_three_numbers_to_add_to(bad, got):
+    with pytest.raises(ValueError, match=rf"^ticks: expected uint64 \(3,\) = \(3,\), C-contiguous, writable; .*{got}"):
+        functional._forward("lstm", **arguments(), ticks=bad)
+    with pytest.raises(ValueError, match=rf"^ticks: expected uint64 \(3,\) = \(3,\), C-contiguous, writable; .*{got}"):
+        functional._backward(taped(), ticks=bad)
+
+
 def test_an_unaligned_array_is_refused():
     kwargs = arguments()
     raw = np.zeros(kwargs["w_hh"].nbytes + 1, np.uint8)

@@ -259,6 +259,27 @@ def test_tape_and_inputs_survive(cell: str, arch: str) -> None:
         assert_equal_bits(*({k: v for k, v in i._asdict().items() if v is not None} for i in (inputs, kept)))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_ticks_are_added_to_and_change_no_result(cell: str, arch: str) -> None:
+    """[products, epilogues, all]: the first two are parts of the third, and every call adds to what is there."""
+    for num_threads in (1, 2):
+        problem = Problem.parse(f"{cell}:{SHARED}:f32:h0")
+        inputs = problems.draw(problem)
+        before = np.array([2**40, 2**41, 2**42], np.uint64)
+        ticks = before.copy()
+        tape = gw.functional._forward(cell, *inputs[:7], num_threads=num_threads, ticks=ticks)
+        forward, ticks = ticks - before, before.copy()
+        grads = gw.functional._backward(
+            tape, inputs.dy, inputs.dhn, inputs.dcn, num_threads=num_threads, ticks=ticks
+        )
+        backward = ticks - before
+        for products, epilogues, everything in (forward.tolist(), backward.tolist()):
+            assert 0 < products and 0 < epilogues and products + epilogues <= everything < 2**39
+        results = {"y": tape.y, "hn": tape.hn, "cn": tape.cn, "gates": tape.gates, "c": tape.c, **grads._asdict()}
+        expected = problems.run(problem, inputs, num_threads=num_threads)
+        assert_equal_bits({k: v for k, v in results.items() if v is not None}, expected)
+
+
 # ---- Lengths -----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,9 @@
+# `ticks` of forward and backward: None, or a writable uint64 [3] to which the call adds what its first thread spent,
+# in ticks of the CPU's clock: [products, epilogues, all]. Not zeroed here. Measuring costs time itself: time without.
+# Benchmarks pass it through functional._forward(..., ticks=array) and functional._backward(tape, ..., ticks=array).
 from typing import Any
 
+compiler: str  # "g++ 12.2.0"
 archs: list[tuple[str, bool]]
 cells: dict[str, dict[str, Any]]
 
@@ -51,7 +55,7 @@ class Problem:
     def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
 
 def forward(
-    problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int
+    problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int, ticks: Any = None
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -70,4 +74,5 @@ def backward(
     db_hh: Any,
     scratch: Any,
     threads: int,
+    ticks: Any = None,
 ) -> None: ...

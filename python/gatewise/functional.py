@@ -152,6 +152,28 @@ def forward(
         ValueError: an argument does not fit; the message names it, what was expected and what came.
         MemoryError: the outputs, or what is kept for backward, do not fit into memory.
     """
+    return _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, training,
+    )  # fmt: skip
+
+
+def _forward(
+    cell: str,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    training: bool = True,
+    ticks: NDArray[np.uint64] | None = None,
+) -> Tape:
+    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add (see _core.pyi)."""
     name = choose(backend)
     threads, _ = choose_num_threads(num_threads)
     p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
@@ -171,7 +193,7 @@ def forward(
     saved_size, states_size, scratch_size, _ = p.sizes
     saved = np.empty(saved_size, p.dtype) if training else None
     states = np.empty(states_size, p.dtype) if training and p.has_c else None
-    _core.forward(p, y, hn, cn, saved, states, np.empty(scratch_size, np.uint8), threads)
+    _core.forward(p, y, hn, cn, saved, states, np.empty(scratch_size, np.uint8), threads, *([] if ticks is None else [ticks]))
     return Tape(p, name, {}, y, hn, cn, saved, states)
 
 
@@ -196,6 +218,19 @@ def backward(
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    return _backward(tape, dy, dhn, dcn, wanted, num_threads)
+
+
+def _backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    dcn: Array | None = None,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+    ticks: NDArray[np.uint64] | None = None,
+) -> Gradients:
+    """`backward`, and for benchmarks `ticks`, as in `_forward`."""
     if not isinstance(tape, Tape):
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
     saved = tape._need_saved()
@@ -217,7 +252,7 @@ def backward(
     # The kernels add to weight gradients and overwrite the others.
     out = Gradients(**{name: (np.zeros if name[1] in "wb" else np.empty)(shapes[name], p.dtype) for name in names})
     scratch = np.empty(p.sizes[3], np.uint8)
-    _core.backward(p, tape.y, saved, tape._states, dy, dhn, dcn, *out, scratch, threads)
+    _core.backward(p, tape.y, saved, tape._states, dy, dhn, dcn, *out, scratch, threads, *([] if ticks is None else [ticks]))
     return out
 
 
