@@ -1,154 +1,20 @@
-"""Problems: one string names a cell, a shape, a dtype and options, and always means the same numbers.
-
-    lstm:T100,N32,I256,H256:f32:train          gru:T7,N3,I5,H9:f64:lengths,reverse,h0,nobias
-
-Tests and benchmarks share this file. Every array is drawn at random from a seed made of the string: zeros
-would hide errors and flatter timings. A result is judged by its distance to the float64 reference, and that
-distance by PyTorch's own.
+"""What the tests judge problems by. A result is judged by its distance to the float64 reference, and that distance
+by PyTorch's own. Problems themselves, one string each, are the package's: gatewise.problems.
 """
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
 import gatewise as gw
+from gatewise.peers import TORCH, ours
+from gatewise.problems import DTYPES, GATES, OPTIONS, Inputs, Problem, draw, run, tape_of
 
-GATES = {cell: facts["G"] for cell, facts in gw.cells().items()}
-DTYPES = {"f32": np.float32, "f64": np.float64}
-TORCH = {  # PyTorch's layer and its options, for the cells that it has too: only they are compared with it
-    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {}),
-}
-OPTIONS = {
-    "train": "forward and backward (the default)",
-    "infer": "forward only",
-    "lengths": "unequal lengths in any order, with a 0 and a full one as soon as N > 1",
-    "empty": "every length 0",
-    "reverse": "walked from the last step to the first",
-    "h0": "initial states given, and gradients of the final states coming in",
-    "nobias": "no b_ih, no b_hh",
-    "saturated": "biases of ±50",
-    "zeros": "weights of 0",
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A named problem; `Problem.parse(str(problem)) == problem`."""
-
-    cell: str
-    T: int
-    N: int
-    I: int
-    H: int
-    dtype: str
-    options: frozenset[str]
-
-    @classmethod
-    def parse(cls, text: str) -> Problem:
-        match = re.fullmatch(r"(\w+):T(\d+),N(\d+),I(\d+),H(\d+):(\w+):([\w,]+)", text)
-        if not match:
-            raise ValueError(f"problem {text!r}: expected something like lstm:T100,N32,I256,H256:f32:train")
-        cell, *sizes, dtype, options = match.groups()
-        for word, known in [(cell, GATES), (dtype, DTYPES), *((o, OPTIONS) for o in options.split(","))]:
-            if word not in known:
-                raise ValueError(f"problem {text!r}: {word!r} is none of {', '.join(known)}")
-        return cls(cell, *map(int, sizes), dtype, frozenset(options.split(",")) - {"train"})
-
-    def __str__(self) -> str:
-        options = ",".join(o for o in OPTIONS if o in self.options) or "train"
-        return f"{self.cell}:T{self.T},N{self.N},I{self.I},H{self.H}:{self.dtype}:{options}"
-
-
-class Inputs(NamedTuple):
-    """The arrays of a problem, under the names of the functional API; None where the problem has none."""
-
-    x: np.ndarray
-    w_ih: np.ndarray
-    w_hh: np.ndarray
-    b_ih: np.ndarray | None
-    b_hh: np.ndarray | None
-    h0: np.ndarray | None
-    c0: np.ndarray | None
-    lengths: np.ndarray | None
-    dy: np.ndarray
-    dhn: np.ndarray | None
-    dcn: np.ndarray | None
-
-    def astype(self, dtype: type) -> Inputs:
-        return self._replace(
-            **{k: v.astype(dtype) for k, v in self._asdict().items() if v is not None and k != "lengths"}
-        )
-
-
-def draw(problem: Problem) -> Inputs:
-    """The arrays of a problem: inputs and states of order 1, products with the weights as well."""
-    T, N, I, H, G = problem.T, problem.N, problem.I, problem.H, GATES[problem.cell]
-    rng = np.random.default_rng(zlib.crc32(str(problem).encode()))
-
-    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal(shape) * scale).astype(DTYPES[problem.dtype])
-
-    has = problem.options.__contains__
-    has_c = gw.cells()[problem.cell]["has_c"]
-    w_scale = 0.0 if has("zeros") else 0.6 / np.sqrt(H)
-    b_ih = normal(G * H, scale=0.3)
-    lengths = None
-    if has("empty"):
-        lengths = np.zeros(N, np.int64)
-    elif has("lengths"):
-        lengths = rng.integers(0, T + 1, N)
-        lengths[:2] = [T, 0][: len(lengths)]
-        lengths = rng.permutation(lengths)
-    return Inputs(
-        x=normal(T, N, I),
-        w_ih=normal(G * H, I, scale=0.0 if has("zeros") else 0.6 / np.sqrt(I)),
-        w_hh=normal(G * H, H, scale=w_scale),
-        b_ih=None if has("nobias") else np.copysign(b_ih.dtype.type(50), b_ih) if has("saturated") else b_ih,
-        b_hh=None if has("nobias") else normal(G * H, scale=0.3),
-        h0=normal(N, H) if has("h0") else None,
-        c0=normal(N, H) if has("h0") and has_c else None,
-        lengths=lengths,
-        dy=normal(T, N, H),
-        dhn=normal(N, H) if has("h0") else None,
-        dcn=normal(N, H) if has("h0") and has_c else None,
-    )
-
-
-def tape_of(
-    problem: Problem, inputs: Inputs, backend: str = "cpu", num_threads: int | None = None
-) -> gw.functional.Tape:
-    """The forward pass of a problem on a backend."""
-    return gw.functional.forward(
-        problem.cell, *inputs[:7], lengths=inputs.lengths, reverse="reverse" in problem.options,
-        backend=backend, num_threads=num_threads, training="infer" not in problem.options,
-    )  # fmt: skip
-
-
-def run(
-    problem: Problem,
-    inputs: Inputs,
-    backend: str = "cpu",
-    num_threads: int | None = None,
-    wanted: list[str] | None = None,
-) -> dict[str, np.ndarray]:
-    """Every result of a problem on a backend, by name: y hn cn, gates c of the tape, and the gradients."""
-    tape = tape_of(problem, inputs, backend, num_threads)
-    results = {"y": tape.y, "hn": tape.hn, "cn": tape.cn}
-    if "infer" not in problem.options:
-        grads = gw.functional.backward(tape, inputs.dy, inputs.dhn, inputs.dcn, wanted=wanted, num_threads=num_threads)
-        results |= {"gates": tape.gates, "c": tape.c, **grads._asdict()}
-    return {name: array for name, array in results.items() if array is not None}
+__all__ = ["DTYPES", "GATES", "OPTIONS", "Inputs", "Problem", "biting", "check", "draw", "run", "tape_of", "truth"]
 
 
 @cache
@@ -212,11 +78,6 @@ def run_torch(problem: Problem, inputs: Inputs) -> dict[str, np.ndarray]:
     results |= {"cn": cn, "dc0": c0.grad} if has_c else {}
     results |= {"d" + ours(name): parameter.grad for name, parameter in layer.named_parameters()}
     return {name: tensor.detach().numpy() for name, tensor in results.items()}
-
-
-def ours(torch_name: str) -> str:
-    """weight_ih_l0 is our w_ih."""
-    return torch_name.replace("weight", "w").replace("bias", "b").removesuffix("_l0")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The command line: `gatewise info | check | demo`. It parses and prints; the work is done elsewhere.
+"""The command line: `gatewise info | check | bench | demo`. It parses and prints; the work is done elsewhere.
 
 Exit codes: 0 well, 1 a check missed, 2 the user's mistake (one sentence on stderr), 130 Ctrl-C.
 """
@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from math import isfinite
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gatewise", description="Fast recurrent layers: RNN, LSTM, GRU.")
     parser.add_argument("--version", action="version", version=f"gatewise {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="info | check | demo", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="info | check | bench | demo", required=True)
 
     info = commands.add_parser("info", help="what this installation can do here, and why not more")
     info.set_defaults(run=_info)
@@ -61,6 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--backend", metavar="NAME", help="only this backend")
     check.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="measure problems, verified, against other libraries")
+    bench.add_argument("problems", nargs="*", default=["grid"], metavar="SET or PROBLEM",
+                       help="names of sets (--list), problems as lstm:T64,N32,I64,H128:f32:train; default: grid")  # fmt: skip
+    bench.add_argument("--against", type=_words, metavar="PEERS",
+                       help="torch,onnxruntime,jax,... or none; default: torch and onnxruntime where installed")  # fmt: skip
+    bench.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N")
+    bench.add_argument("--rounds", type=int, metavar="N", help="windows of each party (default 9)")
+    bench.add_argument("--quick", action="store_true", help="three short windows: a smoke run, no figures to quote")
+    bench.add_argument("--json", metavar="FILE", help="write the rows here as JSON")
+    bench.add_argument("--csv", metavar="FILE", help="write the rows here as CSV")
+    bench.add_argument("--plot", metavar="DIR", help="draw the roofline and the ratios there")
+    bench.add_argument("--list", action="store_true", help="the sets, where their shapes come from, the peers")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser("demo", help="predict sepsis from hourly intensive-care records")
     demo.add_argument("--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)")
@@ -118,6 +133,52 @@ def _plain(row: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in fields.items()}
 
 
+# ---- bench -------------------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> list[str]:
+    return [] if text == "none" else text.split(",")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from . import bench
+    from .peers import PEERS
+
+    if options.list:
+        for name, chosen in bench.SETS.items():
+            print(f"{name:<12} {len(chosen.problems):>3} problems: {chosen.origin}")
+        print()
+        for name, peer in PEERS.items():
+            print(f"{name:<14} {peer.missing() or peer.version()}")
+        return 0
+    problems = bench.select(options.problems)
+    peers = bench.installed(options.against)
+    for threads in options.threads:
+        choose_num_threads(threads)
+    shared = bench.context(peers)
+    table, rows = bench.Table(peers), []
+    print(f"{shared['machine']}, {shared['cores']} cores, {shared['arch']}, built by {shared['compiler']}")
+    print(f"{shared['versions']}, commit {shared['commit']}\n")
+    print(table.header(), flush=True)
+    short = {"rounds": 3, "window": 0.003} if options.quick else {}
+    settings = {**short, **({"rounds": options.rounds} if options.rounds else {})}
+    with bench.CsvFile(options.csv, shared) if options.csv else nullcontext() as file:
+        for name, problem in problems:
+            for threads in options.threads:
+                measured = bench.measure(problem, peers, threads, name=name, **settings)
+                rows += measured
+                print(table.line(measured), flush=True)
+                if file:
+                    file.write(measured)
+    print("", *table.summary(rows), sep="\n")
+    if options.json:
+        bench.write_json(options.json, shared, rows)
+    if options.plot:
+        for path in bench.plot([asdict(row) for row in rows], options.plot):
+            print(path)
+    return 0
+
+
 # ---- demo --------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +194,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    from .bench import cpu_model
+
     def show(name: str, value: str) -> None:
         print(f"{name:<12}  {value}")
 
@@ -140,7 +203,7 @@ def _info(options: argparse.Namespace) -> int:
     show("python", f"{platform.python_version()} ({platform.python_implementation()})")
     show("numpy", metadata.version("numpy"))
     show("platform", platform.platform())
-    show("cpu", f"{_cpu_model()}, {available_cores()} of {os.cpu_count()} cores usable")
+    show("cpu", f"{cpu_model()}, {available_cores()} of {os.cpu_count()} cores usable")
     show("cells", ", ".join(_core.cells))
     show("archs", ", ".join(name + ("" if runs else " (not on this CPU)") for name, runs in _core.archs))
     for package, extra in EXTRAS.items():
@@ -155,17 +218,6 @@ def _info(options: argparse.Namespace) -> int:
     for name, state in backends().items():
         show(f"  {name}", state)
     return 0
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str, extra: str) -> str:
