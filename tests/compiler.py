@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import gatewise as gw
@@ -28,15 +30,39 @@ def run(*command: str | Path) -> str:
     return result.stdout
 
 
-def compile(*arguments: str | Path, include: Path = INCLUDE) -> None:
+def compile(*arguments: str | Path, include: Path = INCLUDE, compiler: str | None = COMPILER) -> None:
     """Calls the compiler that built this package, or another one on PATH."""
-    assert COMPILER, "no C++ compiler on PATH, though one built the package; set CXX"
-    run(COMPILER, "-std=c++17", f"-I{include}", *arguments)
+    assert compiler, "no C++ compiler on PATH, though one built the package; set CXX"
+    run(compiler, "-std=c++17", f"-I{include}", *arguments)
 
 
-def compile_kernels(arch: str, folder: Path, *flags: str) -> Path:
+def compile_kernels(arch: str, folder: Path, *flags: str, compiler: str | None = COMPILER) -> Path:
     """The object file of one arch's kernels."""
     path = folder / f"{arch}.o"
     source = ROOT / "cpp/cpu/kernels.cpp"
-    compile(f"-DGATEWISE_ARCH={arch}", "-ffp-contract=off", *FLAGS[arch], *flags, "-c", source, "-o", path)
+    compile(f"-DGATEWISE_ARCH={arch}", "-ffp-contract=off", *FLAGS[arch], *flags, "-c", source, "-o", path,
+            compiler=compiler)  # fmt: skip
     return path
+
+
+def compile_program(
+    source: str, objects: Sequence[Path], archs: Sequence[str], program: Path, *flags: str, compiler: str | None = COMPILER
+) -> Path:
+    """A program of one source file, named from the root, linked with the kernels of these arches."""
+    defines = [f"-DGATEWISE_HAS_{arch.upper()}" for arch in archs]
+    library = [ROOT / "cpp/cpu/dispatch.cpp", ROOT / "cpp/cpu/threads.cpp"]
+    compile(f"-I{ROOT}/tests", *flags, *defines, ROOT / source, *library, *objects, "-pthread", "-o", program,
+            compiler=compiler)  # fmt: skip
+    return program
+
+
+def built_kernels(folder: Path) -> list[Path]:
+    """The kernels of all arches as the package has them: the library that its build left, where that is of this source,
+    this compiler and the usual flags; else compiled in `folder`."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "cpp").rglob("*") if path.is_file())
+    usual = {f"CMAKE_CXX_COMPILER:FILEPATH={COMPILER}", "CMAKE_CXX_FLAGS:STRING=", "CMAKE_BUILD_TYPE:STRING=Release"}
+    for library in (ROOT / "build").glob(f"cp{sys.version_info.major}{sys.version_info.minor}-*/libgatewise_cpu.a"):
+        cache = (library.parent / "CMakeCache.txt").read_text().splitlines()
+        if library.stat().st_mtime > newest and usual <= set(cache):
+            return [library]
+    return [compile_kernels(arch, folder, "-O3", "-fPIC") for arch in ARCHS]

@@ -1,0 +1,93 @@
+// A layer with every array it needs, for programs that run the kernel library without Python (tests/kernels.cpp,
+// benchmarks/instructions.cpp). Each array is a heap block of exactly its size; everything written starts as NaN.
+#pragma once
+#include <cmath>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gatewise/gatewise.hpp"
+
+namespace gatewise {
+
+struct Options {
+  bool lengths = false, reverse = false, b_ih = true, b_hh = true, dx = true;
+  bool state = false;  // h0 and c0 are given, and gradients of hn and cn come in
+};
+
+template <class T> struct Layer {
+  using Array = std::vector<T>;
+  using Named = std::vector<std::pair<std::string, Array*>>;
+
+  const Kernels& cell;
+  const Dims dims;
+  const Options options;
+  Array x, w_ih, w_hh, b_ih, b_hh, h0, c0, dy, dhn, dcn;  // empty: not given
+  std::vector<Index> lengths;
+  Array y, hn, cn, saved, states, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh;
+  std::vector<unsigned char> scratch;
+
+  // Draws inputs of order 1, by operations that round correctly: the same numbers on every machine.
+  Layer(const Kernels& cell, Dims dims, Options options, std::mt19937& generator)
+      : cell(cell), dims(dims), options(options) {
+    const auto [Ts, N, I, H] = dims;
+    const Index G = cell.info.G, c = cell.info.has_c, given = options.state;
+    const auto draw = [&](Array& array, Index n, double scale) {
+      array.resize(std::size_t(n));
+      for (T& value : array) value = T(scale * (double(generator()) / 0x1p31 - 1));
+    };
+    draw(x, Ts * N * I, 1.7), draw(w_ih, G * H * I, 1 / std::sqrt(double(I)));
+    draw(w_hh, G * H * H, 1 / std::sqrt(double(H)));
+    draw(b_ih, options.b_ih * G * H, 0.5), draw(b_hh, options.b_hh * G * H, 0.5);
+    draw(h0, given * N * H, 1), draw(c0, given * c * N * H, 1);
+    draw(dy, Ts * N * H, 1), draw(dhn, given * N * H, 1), draw(dcn, given * c * N * H, 1);
+    if (options.lengths)
+      for (Index n = 0; n < N; ++n) lengths.push_back(Index(generator() % std::uint64_t(Ts + 1)));
+
+    const Sizes sizes = kernels().sizes(problem());
+    const auto blank = [](Array& array, std::size_t n) { array.assign(n, T(NAN)); };
+    blank(y, dy.size()), blank(hn, std::size_t(N * H)), blank(cn, std::size_t(c * N * H));
+    blank(saved, sizes.saved), blank(states, sizes.states);
+    blank(dx, options.dx ? x.size() : 0), blank(dh0, hn.size()), blank(dc0, cn.size());
+    dw_ih.resize(w_ih.size()), dw_hh.resize(w_hh.size());  // zeros: weight gradients are added to
+    db_ih.resize(std::size_t(G * H)), db_hh.resize(std::size_t(G * H));
+  }
+
+  const CellKernels<T>& kernels() const {
+    if constexpr (sizeof(T) == 4) return cell.f32;
+    else return cell.f64;
+  }
+  Problem<T> problem() const {
+    return {dims,
+            {w_ih.data(), w_hh.data(), or_null(b_ih), or_null(b_hh)},
+            {x.data(), or_null(h0), or_null(c0), lengths.empty() ? nullptr : lengths.data(), options.reverse}};
+  }
+
+  // Sets y, hn and cn, and the tape if it is kept
+  Forward<T> forward_call(int threads, bool keeps_tape = true) {
+    new_scratch(kernels().sizes(problem()).forward_scratch);
+    T *tape = keeps_tape ? saved.data() : nullptr, *tape_states = keeps_tape ? states.data() : nullptr;
+    return {problem(), y.data(), hn.data(), or_null(cn), tape, tape_states, scratch.data(), threads};
+  }
+  // Sets dx, dh0 and dc0; adds to the gradients of the weights
+  Backward<T> backward_call(int threads) {
+    new_scratch(kernels().sizes(problem()).backward_scratch);
+    return {problem(),    y.data(),     saved.data(),   states.data(), dy.data(),    or_null(dhn),
+            or_null(dcn), or_null(dx),  dh0.data(),     or_null(dc0),  dw_ih.data(), dw_hh.data(),
+            db_ih.data(), db_hh.data(), scratch.data(), threads};
+  }
+  void forward(int threads, bool keeps_tape = true) { kernels().forward(forward_call(threads, keeps_tape)); }
+  void backward(int threads) { kernels().backward(backward_call(threads)); }
+
+  Named results() {
+    return {{"y", &y},     {"hn", &hn},       {"cn", &cn},       {"dx", &dx},       {"dh0", &dh0},
+            {"dc0", &dc0}, {"dw_ih", &dw_ih}, {"dw_hh", &dw_hh}, {"db_ih", &db_ih}, {"db_hh", &db_hh}};
+  }
+
+ private:
+  void new_scratch(std::size_t bytes) { scratch = std::vector<unsigned char>(bytes, 0xff); }
+  template <class A> static auto or_null(A& array) { return array.empty() ? nullptr : array.data(); }
+};
+
+}  // namespace gatewise
