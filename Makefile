@@ -20,7 +20,7 @@ bench: $(VENV)/test.stamp  ## training steps against PyTorch; ARGS="--threads 1 
 lint: $(VENV)/lint.stamp   ## style and types
 	$(BIN)/ruff check python tests benchmarks
 	$(BIN)/ruff format --check python tests benchmarks
-	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests benchmarks -name '*.[ch]pp')
 	$(BIN)/mypy
 
 wheel-check:               ## the wheel works where there is nothing but NumPy

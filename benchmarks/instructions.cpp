@@ -50,30 +50,6 @@ static std::uint64_t count_steps(void (*run)(const void*), const void* context) 
 
 // ---- problems
 
-struct Named {
-  std::string text, cell, dtype;
-  Dims dims{};
-  Options options;
-
-  explicit Named(const std::string& text) : text(text) {
-    char cell_name[32], dtype_name[8], words[128];
-    long long T, N, I, H;
-    if (std::sscanf(text.c_str(), "%31[^:]:T%lld,N%lld,I%lld,H%lld:%7[^:]:%127s", cell_name, &T, &N, &I, &H, dtype_name,
-                    words) != 7)
-      throw std::invalid_argument("problem: expected something like lstm:T9,N4,I5,H32:f32:train; got " + text);
-    cell = cell_name, dtype = dtype_name, dims = {T, N, I, H};
-    for (const char* word = std::strtok(words, ","); word; word = std::strtok(nullptr, ",")) {
-      const std::string option = word;
-      if (option == "lengths") options.lengths = true;
-      else if (option == "reverse") options.reverse = true;
-      else if (option == "h0") options.state = true;
-      else if (option == "nobias") options.b_ih = options.b_hh = false;
-      else if (option != "train") throw std::invalid_argument("problem " + text + ": unknown option " + option);
-    }
-    if (dtype != "f32" && dtype != "f64") throw std::invalid_argument("problem " + text + ": unknown dtype " + dtype);
-  }
-};
-
 template <class Call> struct Pass {
   void (*kernel)(const Call&);
   Call call;
@@ -100,10 +76,9 @@ template <class T> void run(const Kernels& cell, const Named& named, int lanes, 
 int main(int argc, char** argv) try {
   const bool by_steps = argc > 1 && std::string(argv[1]) == "--step";
   if (argc < by_steps + 3) throw std::invalid_argument("expected [--step] ARCH PROBLEM...");
-  const Arch* arch = archs().begin;
-  while (arch != archs().end && arch->name != std::string(argv[by_steps + 1])) ++arch;
-  if (arch == archs().end || !arch->runs_here()) {
-    std::printf("%s does not run here\n", argv[by_steps + 1]);
+  const Arch& arch = arch_named(argv[by_steps + 1]);
+  if (!arch.runs_here()) {
+    std::printf("%s does not run here\n", arch.name);
     return 3;
   }
 #if defined(__clang__)
@@ -111,14 +86,11 @@ int main(int argc, char** argv) try {
 #else
   std::printf("g++ %d.%d.%d\n", __GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__);
 #endif
-  const ArchKernels& kernels = *arch->kernels;
   for (int i = by_steps + 2; i < argc; ++i) {
     const Named named(argv[i]);
-    int c = 0;
-    while (c < kernels.cell_count && named.cell != kernels.cells[c].info.name) ++c;
-    if (c == kernels.cell_count) throw std::invalid_argument("problem " + named.text + ": unknown cell " + named.cell);
-    if (named.dtype == "f32") run<float>(kernels.cells[c], named, kernels.lanes_f32, by_steps);
-    else run<double>(kernels.cells[c], named, kernels.lanes_f64, by_steps);
+    const Kernels& cell = cell_named(arch, named.cell);
+    if (named.dtype == "f32") run<float>(cell, named, arch.kernels->lanes_f32, by_steps);
+    else run<double>(cell, named, arch.kernels->lanes_f64, by_steps);
   }
 } catch (const std::exception& error) {
   std::fprintf(stderr, "instructions: %s\n", error.what());

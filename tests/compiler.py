@@ -46,7 +46,12 @@ def compile_kernels(arch: str, folder: Path, *flags: str, compiler: str | None =
 
 
 def compile_program(
-    source: str, objects: Sequence[Path], archs: Sequence[str], program: Path, *flags: str, compiler: str | None = COMPILER
+    source: str,
+    objects: Sequence[Path],
+    archs: Sequence[str],
+    program: Path,
+    *flags: str,
+    compiler: str | None = COMPILER,
 ) -> Path:
     """A program of one source file, named from the root, linked with the kernels of these arches."""
     defines = [f"-DGATEWISE_HAS_{arch.upper()}" for arch in archs]

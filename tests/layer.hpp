@@ -1,8 +1,12 @@
-// A layer with every array it needs, for programs that run the kernel library without Python (tests/kernels.cpp,
-// benchmarks/instructions.cpp). Each array is a heap block of exactly its size; everything written starts as NaN.
+// A layer with every array it needs, and problems by name, for programs that run the kernel library without Python
+// (tests/kernels.cpp, benchmarks/instructions.cpp). Each array is a heap block of exactly its size; everything written
+// starts as NaN.
 #pragma once
 #include <cmath>
+#include <cstdio>
+#include <cstring>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,7 +22,6 @@ struct Options {
 
 template <class T> struct Layer {
   using Array = std::vector<T>;
-  using Named = std::vector<std::pair<std::string, Array*>>;
 
   const Kernels& cell;
   const Dims dims;
@@ -80,7 +83,7 @@ template <class T> struct Layer {
   void forward(int threads, bool keeps_tape = true) { kernels().forward(forward_call(threads, keeps_tape)); }
   void backward(int threads) { kernels().backward(backward_call(threads)); }
 
-  Named results() {
+  std::vector<std::pair<std::string, Array*>> results() {
     return {{"y", &y},     {"hn", &hn},       {"cn", &cn},       {"dx", &dx},       {"dh0", &dh0},
             {"dc0", &dc0}, {"dw_ih", &dw_ih}, {"dw_hh", &dw_hh}, {"db_ih", &db_ih}, {"db_hh", &db_hh}};
   }
@@ -89,5 +92,44 @@ template <class T> struct Layer {
   void new_scratch(std::size_t bytes) { scratch = std::vector<unsigned char>(bytes, 0xff); }
   template <class A> static auto or_null(A& array) { return array.empty() ? nullptr : array.data(); }
 };
+
+// A problem as `gatewise bench` writes it, cell:sizes:dtype:options, with the options that a Layer has.
+struct Named {
+  std::string text, cell, dtype;
+  Dims dims{};
+  Options options;
+
+  explicit Named(const std::string& text) : text(text) {
+    char cell_name[32], dtype_name[8], words[128];
+    long long T, N, I, H;
+    if (std::sscanf(text.c_str(), "%31[^:]:T%lld,N%lld,I%lld,H%lld:%7[^:]:%127s", cell_name, &T, &N, &I, &H, dtype_name,
+                    words) != 7)
+      throw std::invalid_argument("problem: expected something like lstm:T9,N4,I5,H32:f32:train; got " + text);
+    cell = cell_name, dtype = dtype_name, dims = {T, N, I, H};
+    for (const char* word = std::strtok(words, ","); word; word = std::strtok(nullptr, ",")) {
+      const std::string option = word;
+      if (option == "lengths") options.lengths = true;
+      else if (option == "reverse") options.reverse = true;
+      else if (option == "h0") options.state = true;
+      else if (option == "nobias") options.b_ih = options.b_hh = false;
+      else if (option == "nodx") options.dx = false;
+      else if (option != "train") throw std::invalid_argument("problem " + text + ": unknown option " + option);
+    }
+    if (dtype != "f32" && dtype != "f64") throw std::invalid_argument("problem " + text + ": unknown dtype " + dtype);
+  }
+};
+
+// One of this build, by name; whether it runs here is for the caller to ask
+inline const Arch& arch_named(const std::string& name) {
+  for (const Arch* arch = archs().begin; arch != archs().end; ++arch)
+    if (arch->name == name) return *arch;
+  throw std::invalid_argument("arch: not in this build: " + name);
+}
+
+inline const Kernels& cell_named(const Arch& arch, const std::string& name) {
+  for (int c = 0; c < arch.kernels->cell_count; ++c)
+    if (arch.kernels->cells[c].info.name == name) return arch.kernels->cells[c];
+  throw std::invalid_argument("cell: none is called " + name);
+}
 
 }  // namespace gatewise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler import ARCHS, COMPILER, ROOT, compile, compile_kernels, run
+from compiler import ARCHS, COMPILER, compile, compile_kernels, compile_program, run
 
 SANITIZERS = {
     # no recovery: what UBSan finds fails the test instead of being printed. Unoptimised, for with these checks the
@@ -31,9 +31,7 @@ def test_the_kernels_are_clean(sanitizer: str, tmp_path: Path) -> None:
     # Threads are shared the same way in every arch; bounds differ, for each has masked tails of its own.
     archs = ARCHS if sanitizer != "thread" else ["generic"]
     objects = [compile_kernels(arch, tmp_path, *flags) for arch in archs]
-    sources = [ROOT / "tests/kernels.cpp", ROOT / "cpp/cpu/dispatch.cpp", ROOT / "cpp/cpu/threads.cpp"]
-    defines = [f"-DGATEWISE_HAS_{arch.upper()}" for arch in archs]
-    compile(*flags, *defines, *sources, *objects, "-pthread", "-o", tmp_path / "kernels")
+    program = compile_program("tests/kernels.cpp", objects, archs, tmp_path / "kernels", *flags)
     # TSan's shadow memory wants the address space where it was before kernels randomised more of it.
     fixed = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
-    assert run(*fixed, tmp_path / "kernels").strip().endswith("problems")
+    assert run(*fixed, program).strip().endswith("problems")
