@@ -269,12 +269,10 @@ def test_ticks_are_added_to_and_change_no_result(cell: str, arch: str) -> None:
         ticks = before.copy()
         tape = gw.functional._forward(cell, *inputs[:7], num_threads=num_threads, ticks=ticks)
         forward, ticks = ticks - before, before.copy()
-        grads = gw.functional._backward(
-            tape, inputs.dy, inputs.dhn, inputs.dcn, num_threads=num_threads, ticks=ticks
-        )
+        grads = gw.functional._backward(tape, inputs.dy, inputs.dhn, inputs.dcn, num_threads=num_threads, ticks=ticks)
         backward = ticks - before
         for products, epilogues, everything in (forward.tolist(), backward.tolist()):
-            assert 0 < products and 0 < epilogues and products + epilogues <= everything < 2**39
+            assert products > 0 and epilogues > 0 and products + epilogues <= everything < 2**39
         results = {"y": tape.y, "hn": tape.hn, "cn": tape.cn, "gates": tape.gates, "c": tape.c, **grads._asdict()}
         expected = problems.run(problem, inputs, num_threads=num_threads)
         assert_equal_bits({k: v for k, v in results.items() if v is not None}, expected)
