@@ -6,7 +6,7 @@ BUILT  := pyproject.toml CMakeLists.txt $(shell find cpp src -type f)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 ARGS   ?=
 
-.PHONY: demo test bench lint wheel-check clean
+.PHONY: demo test bench instructions lint wheel-check clean
 
 demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 	$(BIN)/gatewise demo $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
 
 bench: $(VENV)/test.stamp  ## training steps against PyTorch; ARGS="--threads 1 2 --dtypes f32 f64"
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+instructions: $(VENV)/test.stamp  ## instructions of the kernels against a baseline; ARGS=--update makes a new one
+	$(BIN)/python benchmarks/instructions.py $(ARGS)
 
 lint: $(VENV)/lint.stamp   ## style and types
 	$(BIN)/ruff check python tests benchmarks

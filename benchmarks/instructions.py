@@ -5,7 +5,8 @@ speed: it sees a pass over memory too many, a tile that no longer fits its regis
 it does not see a cache miss. valgrind counts where it can; it knows no AVX-512, so there the program steps through
 itself, 12 microseconds an instruction, and its problems are small.
 
-A count belongs to a compiler. With one that has no baseline of its own, the counts are compared with another's and
+A count belongs to a compiler, not to a CPU: which code runs is asked for by name, and nothing of the C library's is
+counted that it would choose by CPU. With a compiler that has no baseline, the counts are compared with another's and
 only a much larger one is a finding: the compiler keeps a tile on the stack, say.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import csv
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,15 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from compiler import ARCHS, ROOT, built_kernels, compile_program
 
 BASELINE = ROOT / "benchmarks/results/instructions.csv"
-TOLERANCE = 1.02  # of the same compiler; what varies is alignment, and the C library's memcpy
-OTHER_COMPILER = 1.5
+TOLERANCE = 1.02  # of the same compiler. Counts repeat to the last one; this is room for changes that mean no harm.
+OTHER_COMPILER = 1.5  # clang 14 takes 0.72 to 1.16 of what g++ 12 takes
+SECONDS = 120  # for an arch; it takes about 5. Some machines take a hundred times as long for a step.
 
 # One sequence; many; sizes that fill no register and no tile; unequal lengths with everything else that can be given.
 SHAPES = ["T12,N1,I20,H64:f32:train", "T6,N32,I16,H64:f32:train", "T5,N7,I9,H33:f32:train",
           "T12,N16,I8,H24:f32:lengths,reverse,h0"]  # fmt: skip
 CELLS = ["lstm", "gru", "rnn_tanh"]
 PROBLEMS = [f"{cell}:{shape}" for cell in CELLS for shape in SHAPES] + ["lstm:T5,N7,I9,H33:f64:train"]
-STEPPED = [f"{cell}:{shape}:f32:train" for cell in CELLS for shape in ("T12,N1,I8,H32", "T4,N6,I16,H32")]
+STEPPED = [f"{cell}:{shape}:f32:train" for cell in CELLS for shape in ("T4,N1,I8,H32", "T2,N6,I8,H32")]
 
 
 class CannotCount(Exception):
@@ -85,9 +88,14 @@ def count(program: Path, arch: str, problems: Sequence[str] | None = None, step:
         valgrind = ["valgrind", "--quiet", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=counted",
                     "--dump-after=counted", f"--callgrind-out-file={dumps}"]  # fmt: skip
         command = [*([] if step else valgrind), str(program), *(["--step"] if step else []), arch, *problems]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise CannotCount(f"{arch}'s problems took more than {SECONDS} seconds") from None
         if result.returncode == 3:
             raise CannotCount(result.stdout.strip() + ("" if step else " under valgrind"))
+        if step and result.returncode == -signal.SIGTRAP:
+            raise CannotCount("single steps kill a program here")
         if result.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
         compiler, *lines = result.stdout.splitlines()
@@ -113,9 +121,9 @@ def read_baseline(path: Path = BASELINE) -> list[Count]:
 
 
 def write_baseline(counts: Sequence[Count], path: Path = BASELINE) -> None:
-    """Replaces what the baseline holds of the compilers and arches counted, and keeps the rest."""
-    counted = {(count.compiler, count.arch) for count in counts}
-    kept = [old for old in read_baseline(path) if (old.compiler, old.arch) not in counted] if path.exists() else []
+    """Replaces the rows of the arches counted, other compilers' too: they counted kernels that are no more."""
+    counted = {count.arch for count in counts}
+    kept = [old for old in read_baseline(path) if old.arch not in counted] if path.exists() else []
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["compiler", "arch", "problem", "pass", "instructions", "least"])

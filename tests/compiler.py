@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,9 +66,11 @@ def built_kernels(folder: Path) -> list[Path]:
     """The kernels of all arches as the package has them: the library that its build left, where that is of this source,
     this compiler and the usual flags; else compiled in `folder`."""
     newest = max(path.stat().st_mtime for path in (ROOT / "cpp").rglob("*") if path.is_file())
-    usual = {f"CMAKE_CXX_COMPILER:FILEPATH={COMPILER}", "CMAKE_CXX_FLAGS:STRING=", "CMAKE_BUILD_TYPE:STRING=Release"}
     for library in (ROOT / "build").glob(f"cp{sys.version_info.major}{sys.version_info.minor}-*/libgatewise_cpu.a"):
-        cache = (library.parent / "CMakeCache.txt").read_text().splitlines()
-        if library.stat().st_mtime > newest and usual <= set(cache):
+        cache = (library.parent / "CMakeCache.txt").read_text()
+        compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.M)
+        usual = "CMAKE_CXX_FLAGS:STRING=\n" in cache and "CMAKE_BUILD_TYPE:STRING=Release\n" in cache
+        same = compiler and COMPILER and os.path.realpath(compiler[1]) == os.path.realpath(COMPILER)
+        if library.stat().st_mtime > newest and usual and same:
             return [library]
     return [compile_kernels(arch, folder, "-O3", "-fPIC") for arch in ARCHS]
