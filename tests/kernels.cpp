@@ -1,6 +1,6 @@
 // Runs the kernel library by itself, where Python does not reach: under the sanitizers, under an emulator.
 //
-//   kernels                                 random problems: one thread's bits are compared with three threads', and
+//   kernels [ARCH]                          random problems: one thread's bits are compared with three threads', and
 //                                           inference with training; prints how many problems ran
 //   kernels --results PROBLEM...            a line for each result on each arch that runs here: arch, problem, name,
 //                                           values; the inputs are the same numbers on every machine
@@ -51,7 +51,7 @@ template <class T> void check(const Arch& arch, const Kernels& cell, Dims dims) 
   one.require_same_bits(inference, 3, "inference differs from training");
 }
 
-int check_random_problems() {
+int check_random_problems(const std::string& only) {
   int problems = 0;
   const auto both = [&](const Arch& arch, const Kernels& cell, Dims f32, Dims f64) {
     check<float>(arch, cell, f32), check<double>(arch, cell, f64);
@@ -59,7 +59,7 @@ int check_random_problems() {
   };
   const auto small = [] { return Dims{between(0, 6), between(0, 9), between(1, 20), between(1, 40)}; };
   for (const Arch* arch = archs().begin; arch != archs().end; ++arch) {
-    if (!arch->runs_here()) continue;
+    if (!arch->runs_here() || (!only.empty() && only != arch->name)) continue;
     for (int c = 0; c < arch->kernels->cell_count; ++c) {
       const Kernels& cell = arch->kernels->cells[c];
       // Small and odd; then above the threshold at which a team forms, shared by rows, by panels, in several chunks
@@ -96,7 +96,7 @@ template <class T> void evaluate(const Functions<T>& functions, const std::strin
 
 int main(int argc, char** argv) try {
   const std::string mode = argc > 1 ? argv[1] : "";
-  if (argc == 1) return check_random_problems();
+  if (argc <= 2 && mode[0] != '-') return check_random_problems(mode);
   if (mode == "--evaluate" && argc == 5) {
     const ArchKernels& kernels = *arch_named(argv[2]).kernels;
     if (argv[4] == std::string("f32")) evaluate(kernels.f32, argv[3]);
@@ -109,7 +109,7 @@ int main(int argc, char** argv) try {
         if (named.dtype == "f32") print_results<float>(*arch, named);
         else print_results<double>(*arch, named);
       }
-  } else throw std::invalid_argument("expected nothing, --results PROBLEM... or --evaluate ARCH FUNCTION DTYPE");
+  } else throw std::invalid_argument("expected [ARCH], --results PROBLEM... or --evaluate ARCH FUNCTION DTYPE");
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "kernels: %s\n", error.what());

@@ -92,7 +92,8 @@ def test_every_result_is_that_of_this_machine(native: list[str | Path], emulated
 
 
 def test_any_number_of_threads_gives_the_same_bits(emulated: list[str | Path]) -> None:
-    assert run(*emulated).strip().endswith("problems")
+    printed = run(*emulated, "neon").strip()  # generic is the same code on this CPU, and emulation is slow
+    assert printed.endswith(" problems") and printed != "0 problems"
 
 
 def test_exp_tanh_and_sigmoid_are_within_two_ulp(monkeypatch: pytest.MonkeyPatch, emulated: list[str | Path]) -> None:
