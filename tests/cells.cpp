@@ -18,6 +18,8 @@ struct Dual {
 inline Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
 inline Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
 inline Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.slope * b.value + a.value * b.slope}; }
+inline Dual operator-(Dual a) { return {-a.value, -a.slope}; }
+inline Dual fma(Dual a, Dual b, Dual c) { return a * b + c; }
 inline Dual tanh(Dual a) {
   const double y = std::tanh(a.value);
   return {y, a.slope * (1 - y * y)};

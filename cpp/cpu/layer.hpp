@@ -18,6 +18,9 @@
 namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
 
 template <class T> void copy(const T* from, T* to, Index n) { std::memcpy(to, from, std::size_t(n) * sizeof(T)); }
+template <class T> GATEWISE_FN void prefetch_lines(const T* from, Index n) {
+  for (Index i = 0; i < n; i += 64 / Index(sizeof(T))) __builtin_prefetch(from + i, 1);
+}
 template <class T> void zero(T* to, Index n) { std::memset(to, 0, std::size_t(n) * sizeof(T)); }
 
 // Compile-time facts about a cell in this build.
@@ -35,8 +38,10 @@ template <class Cell, class T> struct CellFacts {
   GATEWISE_FN static int x_slot(int gate) { return Cell::split ? (gate + 1) % G : gate; }
 };
 
-// Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache.
-constexpr Index kChunkBytes = 2 << 20, kLeastChunkRows = 256, kMostChunkRows = 2048;
+// Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward wants
+// longer ones, for the weights' gradients are summed over them.
+struct ChunkSize { Index bytes, least_rows, most_rows; };
+constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{2 << 20, 256, 2048};
 
 // How a team shares the steps of a sequence.
 enum class Sharing { alone, rows, panels };
@@ -91,10 +96,10 @@ template <class Cell, class T> struct Pass {
   Index chunk_target, chunk_capacity;  // rows: a chunk ends at the first step that reaches the target
   Meter meter{nullptr};
 
-  Pass(const Problem<T>& p, Arena& arena, int threads)
+  Pass(const Problem<T>& p, Arena& arena, int threads, ChunkSize chunk)
       : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
         rows(arena, d.T, d.N, count_rows(p)), how(plan<Cell>(d, rows.count, threads)),
-        chunk_target(between(kLeastChunkRows, kChunkBytes / (P * W * D * Index(sizeof(T))), kMostChunkRows)),
+        chunk_target(between(chunk.least_rows, chunk.bytes / (P * W * D * Index(sizeof(T))), chunk.most_rows)),
         chunk_capacity(least(rows.count, chunk_target + d.N)) {}
 
   Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
@@ -174,7 +179,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
   ForwardPass(const Forward<T>& call, Arena& arena) : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
   ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
-      : Base(call.problem, arena, call.threads), call(call), weights(d, call.packed ? packed : arena),
+      : Base(call.problem, arena, call.threads, kForwardChunk), call(call), weights(d, call.packed ? packed : arena),
         gx(arena.take<T>(P * this->chunk_capacity * G * W)), states(call.states), states_stride(this->state_rows()) {
     if (!Cell::has_c) return;
     T* current = arena.take<T>(P * d.N * W);
@@ -195,7 +200,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.time_row[row + r] * d.I;
         Tile<T> tile;
         this->meter.start();
-        kMultiplyRows<T>[registers - 1][height - 1](x, {d.I, 1, 0}, w_ih, tile);
+        kMultiplyRows<T>[registers - 1][height - 1](x, d.I, 1, 0, w_ih, tile);
         this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b) {
@@ -223,7 +228,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r);
         Tile<T> tile;
         this->meter.start();
-        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, {d.H, 1, 0}, w_hh, tile);
+        for (Index b = 0; b < panels; ++b) prefetch(s, chunk, i, height, q * Facts::group + b);
+        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, d.H, 1, 0, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < panels; ++b)
@@ -231,6 +237,20 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         this->meter.stop(&Ticks::epilogues);
       });
     }
+  }
+
+  // Asks for the lines that finish() is about to use, a product ahead of it
+  GATEWISE_FN void prefetch(Index s, Index chunk, Index i, Index height, Index p) {
+    const Index row = rows.offset[s] + i;
+    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+    T* kept = call.saved + (p * rows.count + row) * S * W;
+    prefetch_lines(gx_row, height * G * W);
+    if (keeps_tape()) prefetch_lines(kept, height * S * W);
+    if (Cell::has_c) {
+      prefetch_lines(states + (p * states_stride + state_row(s - 1) + i) * W, height * W);
+      prefetch_lines(states + (p * states_stride + state_row(s) + i) * W, height * W);
+    }
+    for (Index r = 0; r < height; ++r) prefetch_lines(call.y + rows.time_row[row + r] * d.H + p * W, 1);
   }
 
   // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart
@@ -342,7 +362,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   }
 
   BackwardPass(const Backward<T>& call, Arena& arena)
-      : Base(call.problem, arena, call.threads), call(call),
+      : Base(call.problem, arena, call.threads, kBackwardChunk), call(call),
         sides{side(arena, d.I, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih, call.dx),
               side(arena, d.H, Facts::h_block, Facts::h_gate, problem.weights.w_hh, call.dw_hh, true)},
         bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)) {
@@ -355,7 +375,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // Products of rows of dgates with one side's weights, in tiles: f(first row, how many, register of columns, their
   // values, the values' stride). Null gates are zeros.
-  template <class F> void product(const Side& side, const T* gates, Index count, Range groups, F f) {
+  template <class F, class Prefetch> void product(const Side& side, const T* gates, Index count, Range groups, F f, Prefetch pf) {
     for (Index q = groups.begin; q < groups.end; ++q) {
       const Index first_register = q * kColumnRegisters;
       const Index registers = least(kColumnRegisters, ceil_div(side.columns, W) - first_register);
@@ -363,10 +383,11 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       for_each_tile(count, rows_per_tile(registers), [&](Index first, Index height) {
         Tile<T> tile;
         this->meter.start();
+        for (Index v = 0; v < registers; ++v) pf(first, height, first_register + v);
         if (gates) {
           const T* a[kMaxRows] = {};
           for (Index r = 0; r < height; ++r) a[r] = gates + gate_row(0, first + r) + side.block * W;
-          kMultiplyRows<T>[registers - 1][height - 1](a, {G * W, P, gate_row(1, 0)}, weights, tile);
+          kMultiplyRows<T>[registers - 1][height - 1](a, G * W, P, gate_row(1, 0), weights, tile);
         } else {
           zero(tile.numbers, height * registers * W);
         }
@@ -388,8 +409,29 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         finish(s, gates, chunk, i + first, height, p, dh, stride);
       };
     };
-    product(h(), later + gate_row(0, fed.begin), fed.size(), groups, finish_from(fed.begin));
-    product(h(), nullptr, last.size(), groups, finish_from(last.begin));
+    const auto prefetch_from = [&](Index i) {
+      return [=](Index first, Index height, Index p) { prefetch(s, gates, chunk, i + first, height, p); };
+    };
+    product(h(), later + gate_row(0, fed.begin), fed.size(), groups, finish_from(fed.begin), prefetch_from(fed.begin));
+    product(h(), nullptr, last.size(), groups, finish_from(last.begin), prefetch_from(last.begin));
+  }
+
+  GATEWISE_FN void prefetch(Index s, T* gates, Index chunk, Index i, Index height, Index p) {
+    const Index row = rows.offset[s] + i, unit = p * W;
+    prefetch_lines(call.saved + (p * rows.count + row) * S * W, height * S * W);
+    if (Cell::has_c) {
+      prefetch_lines(call.states + (p * this->state_rows() + this->state_row(s - 1) + i) * W, height * W);
+      prefetch_lines(call.states + (p * this->state_rows() + this->state_row(s) + i) * W, height * W);
+    }
+    prefetch_lines(gates + gate_row(p, row - chunk), height * D * W);
+    prefetch_lines(carry_h + (p * d.N + i) * W, height * W);
+    prefetch_lines(carry_c + (p * d.N + i) * W, height * W);
+    for (Index r = 0; r < height; ++r) {
+      const Index at = rows.time_row[row + r] * d.H + unit;
+      if (Cell::split) if (const T* h_prev = this->previous_h(call.y, s, i + r)) prefetch_lines(h_prev + unit, 1);
+      if (!Cell::split) prefetch_lines(call.y + at, 1);
+      if (call.dy) prefetch_lines(call.dy + at, 1);
+    }
   }
 
   // The epilogue: the cell's backward on a tile's rows of one panel
@@ -431,19 +473,18 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   // Copies the chunk's rows of x, or of the state before each step, into the order in which their tiles read them
   void pack_operand(const Side& side, Index first_step, Index end_step, Range tiles) {
     const Index chunk = rows.offset[first_step], capacity = this->chunk_capacity;
-    for (Index tile = tiles.begin; tile < tiles.end; ++tile) {
-      const Index column = tile * kRows, n = least(kRows, side.columns - column);
-      for (Index s = first_step; s < end_step; ++s)
-        for (Index i = 0; i < rows.live(s); ++i) {
-          const Index row = rows.offset[s] + i;
-          const T* from =
-              &side == &x() ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
+    for (Index s = first_step; s < end_step; ++s)
+      for (Index i = 0; i < rows.live(s); ++i) {
+        const Index row = rows.offset[s] + i;
+        const T* from = &side == &x() ? problem.sequence.x + rows.time_row[row] * d.I : this->previous_h(call.y, s, i);
+        for (Index tile = tiles.begin; tile < tiles.end; ++tile) {
+          const Index column = tile * kRows, n = least(kRows, side.columns - column);
           T* to = side.operand + (tile * capacity + row - chunk) * kRows;
           if (!from) zero(to, n);
           else if (n == kRows) copy(from + column, to, kRows);  // of a size the compiler knows
           else copy(from + column, to, n);
         }
-    }
+      }
   }
 
   // sums += operand^T dgates. Each chunk is summed apart and then added, which also bounds the rounding error.
@@ -532,7 +573,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
                 for (Index r = 0; r < height; ++r)
                   V::load(dx + r * stride)
                       .store(call.dx + rows.time_row[chunk + part.begin + first + r] * d.I + v * W, d.I - v * W);
-              });
+              }, [](Index, Index, Index) {});
     for (const Side& side : sides)
       if (side.d_weights) weight_gradient(side, gates, count, groups);
     if (call.db_ih || call.db_hh) bias_gradient(gates, count, panels_of(groups));
@@ -581,8 +622,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
               .store(call.dh0 + rows.order[i + first + r] * d.H + p * W, d.H - p * W);
       };
     };
-    product(h(), first_step, live, columns, store_from(0));
-    product(h(), nullptr, d.N - live, columns, store_from(live));
+    product(h(), first_step, live, columns, store_from(0), [](Index, Index, Index) {});
+    product(h(), nullptr, d.N - live, columns, store_from(live), [](Index, Index, Index) {});
   }
 };
 

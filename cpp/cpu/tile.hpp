@@ -54,20 +54,21 @@ template <class T, int MR, int NR> GATEWISE_FN void write(const Vec<T> (&acc)[MR
 }
 
 // Rows of numbers times packed weights [segments * K][NR][W]. A row's numbers come in segments of K, `stride` apart.
-struct Segments { Index K, count, stride; };
+// Six arguments, for six travel in registers: one on the stack was read back before its store had left the core, behind
+// all of an epilogue's stores, and cost 4 % of a training step.
 template <class T, int MR, int NR>
-void multiply_rows(const T* const* rows, Segments s, const T* packed, Tile<T>& tile) {
+void multiply_rows(const T* const* rows, Index K, Index segments, Index stride, const T* packed, Tile<T>& tile) {
   constexpr Index W = Vec<T>::width;
   const T* a[MR];
   GATEWISE_UNROLL
   for (int r = 0; r < MR; ++r) a[r] = rows[r];
   Vec<T> acc[MR][NR];
   clear(acc);
-  for (Index i = 0; i < s.count; ++i, packed += s.K * NR * W) {
+  for (Index i = 0; i < segments; ++i, packed += K * NR * W) {
     multiply(
-        acc, s.K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
+        acc, K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
     GATEWISE_UNROLL
-    for (int r = 0; r < MR; ++r) a[r] += s.stride;
+    for (int r = 0; r < MR; ++r) a[r] += stride;
   }
   write(acc, tile);
 }
@@ -87,7 +88,7 @@ void multiply_columns(const T* packed, Index height, Index K, const T* const* b,
 }
 
 // The products by shape: kMultiplyRows<T>[NR - 1][MR - 1]
-template <class T> using MultiplyRows = void (*)(const T* const*, Segments, const T*, Tile<T>&);
+template <class T> using MultiplyRows = void (*)(const T* const*, Index, Index, Index, const T*, Tile<T>&);
 template <class T> using MultiplyColumns = void (*)(const T*, Index, Index, const T* const*, Index, Tile<T>&);
 template <class T, int NR, class Rows> struct Shapes;
 template <class T, int NR, int... I> struct Shapes<T, NR, std::integer_sequence<int, I...>> {

@@ -62,7 +62,7 @@ struct Lstm {  // with a forget gate: Gers, Schmidhuber, Cummins, Learning to Fo
     const V f = sigmoid(gx[1] + gh[1]);
     const V g = tanh(gx[2] + gh[2]);
     const V o = sigmoid(gx[3] + gh[3]);
-    const V c = f * prev.c + i * g;
+    const V c = fma(f, prev.c, i * g);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
     return {o * tanh(c), c};
   }
@@ -70,7 +70,7 @@ struct Lstm {  // with a forget gate: Gers, Schmidhuber, Cummins, Learning to Fo
                                                           V (&dgx)[4], V (&)[4]) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = tanh(next.c);
-    const V dc = d.c + d.h * o * d_tanh(tanh_c);
+    const V dc = fma(d.h * o, d_tanh(tanh_c), d.c);
     dgx[0] = dc * g * d_sigmoid(i);
     dgx[1] = dc * prev.c * d_sigmoid(f);
     dgx[2] = dc * i * d_tanh(g);
@@ -88,9 +88,9 @@ struct Gru {  // Cho et al., arXiv 1406.1078v1: the reset r acts after the produ
   GATEWISE_FN static State<V> forward(const V (&gx)[3], const V (&gh)[3], State<V> prev, V (&saved)[4]) {
     const V r = sigmoid(gx[0] + gh[0]);
     const V z = sigmoid(gx[1] + gh[1]);
-    const V n = tanh(gx[2] + r * gh[2]);
+    const V n = tanh(fma(r, gh[2], gx[2]));
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = gh[2];
-    return {n + z * (prev.h - n), V(0)};
+    return {fma(z, prev.h - n, n), V(0)};
   }
   template <class V> GATEWISE_FN static State<V> backward(const V (&saved)[4], State<V> prev, State<V>, State<V> d,
                                                           V (&dgx)[3], V (&dgh)[3]) {
