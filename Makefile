@@ -14,8 +14,9 @@ demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/test.stamp  ## training steps against PyTorch; ARGS="--threads 1 2 --dtypes f32 f64"
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+bench: $(VENV)/bench.stamp ## measure against other libraries, write benchmarks/results; ARGS="--sets grid --arch avx2"
+	$(BIN)/python -m pytest benchmarks --quiet --benchmark-columns=median,iqr --benchmark-group-by=group $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 instructions: $(VENV)/test.stamp  ## instructions of the kernels against a baseline; ARGS=--update makes a new one
 	$(BIN)/python benchmarks/instructions.py $(ARGS)

@@ -125,8 +125,8 @@ SETS = {
     ),
     "odd": Set(
         "H that is no multiple of a register, N that is no multiple of a tile, I larger than H",
-        _all("lstm", "f32", "train", "T50,N7,I3,H17 T50,N24,I13,H50 T50,N48,I129,H100 T50,N24,I301,H33 T50,N31,I20,H250")
-        + _all("gru rnn_tanh", "f32", "train", "T50,N24,I13,H50 T50,N31,I20,H250"),
+        _all("lstm", "f32", "train", "T50,N7,I3,H17 T50,N48,I129,H100 T50,N24,I301,H33")
+        + _all("lstm gru rnn_tanh", "f32", "train", "T50,N24,I13,H50 T50,N31,I20,H250"),
     ),
     "powers": Set(
         "I = H = 2^k, where arrays of the same alignment compete for the same places of a cache",
@@ -175,22 +175,26 @@ def select(names: Iterable[str]) -> list[tuple[str, Problem]]:
 def flops(problem: Problem, inputs: Inputs) -> float:
     """Multiplications and additions of the products: forward 2 G H (I + H) a row, backward twice that, less the part
     that only the gradient of x needs. The cells' own arithmetic is not counted."""
-    rows = problem.T * problem.N if inputs.lengths is None else int(inputs.lengths.sum())
-    I, H = problem.I, problem.H
+    rows, I, H = _rows(problem, inputs), problem.I, problem.H
     columns = (3 * (I + H) - I * ("nodx" in problem.options)) if problem.trains else I + H
     return 2.0 * rows * GATES[problem.cell] * H * columns
 
 
-def least_bytes(problem: Problem) -> float:
+def least_bytes(problem: Problem, inputs: Inputs) -> float:
     """Bytes that must move even with an endless cache: every argument and result once, the tape out and in again;
-    when streaming, the weights at every step."""
-    cell, (T, N, I, H) = _core.cells[problem.cell], (problem.T, problem.N, problem.I, problem.H)
-    weights = cell["G"] * H * (I + H)
-    numbers = T * N * (I + H) + weights * (T if "stream" in problem.options else 1)
+    when streaming, the weights at every step. Biases and states of a layer are not counted."""
+    cell, (T, I, H) = _core.cells[problem.cell], (problem.T, problem.I, problem.H)
+    rows, weights = _rows(problem, inputs), cell["G"] * H * (I + H)
+    numbers = rows * (I + H) + weights * (T if "stream" in problem.options else 1)
     if problem.trains:
-        numbers += T * N * (I * ("nodx" not in problem.options) + H) + weights
-        numbers += 2 * T * N * (cell["S"] + cell["has_c"]) * H
+        numbers += rows * (I * ("nodx" not in problem.options) + H) + weights
+        numbers += 2 * rows * (cell["S"] + cell["has_c"]) * H
     return float(numbers * np.dtype(DTYPES[problem.dtype]).itemsize)
+
+
+def _rows(problem: Problem, inputs: Inputs) -> int:
+    """Steps of all sequences together."""
+    return problem.T * problem.N if inputs.lengths is None else int(inputs.lengths.sum())
 
 
 # ---- Verification ------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def verify(problem: Problem, party: str, results: dict[str, Array], truth: dict[
 
 
 def _kind(name: str) -> str:
-    """"" for an output, else which kind of gradient."""
+    """ "" for an output, else which kind of gradient."""
     return "" if not name.startswith("d") else "sum" if name in check.SUMS else "input"
 
 
@@ -281,14 +285,11 @@ class Row:
     against_spread: Optional[float]
     ratio: Optional[float]  # median of (against / ours)
     note: str
+    mb: Optional[float] = None  # memory that a step needs besides its arguments and weights: ours,
+    against_mb: Optional[float] = None  # theirs
 
 
 ROW = [field.name for field in fields(Row)]
-
-
-def opponents(problem: Problem, peers: Sequence[str], threads: int) -> dict[str, str]:
-    """Of these peers those that refuse the problem, and why."""
-    return {name: reason for name in peers if (reason := PEERS[name].refuses(problem))}
 
 
 class Measurement:
@@ -299,9 +300,12 @@ class Measurement:
 
     Raises:
         WrongAnswer: ours is wrong. A peer that is wrong is left out, and `notes` says so.
+        ValueError: there is nothing to measure.
     """
 
     def __init__(self, problem: Problem, peers: Sequence[str] = (), threads: int = 1, window: float = WINDOW) -> None:
+        if min(problem.T, problem.N, problem.I, problem.H) < 1:
+            raise ValueError(f"{problem}: expected sizes of 1 or more; there is nothing to measure")
         self.problem, self.threads, self.time = problem, threads, window
         self.inputs = draw(problem)
         self.notes: list[str] = []
@@ -356,9 +360,9 @@ class Measurement:
         """Multiply-adds of one core in a second, as flops, right now."""
         return _core.fma_rate(_core.choose_arch(), np.dtype(DTYPES[self.problem.dtype]).name, 0.005)
 
-    def round(self) -> dict[str, float]:
-        """One window of each party, and the peak."""
-        return {**{name: self.window(name) for name in self.parties}, "peak": self.peak()}
+    def round(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """Seconds a call of each party (or of these), from one window each, and the peak."""
+        return {**{name: self.window(name) for name in (self.parties if names is None else names)}, "peak": self.peak()}
 
     def rows(self, rounds: Sequence[dict[str, float]], name: str = "") -> list[Row]:
         """What the rounds say: a row for each other party, or one row alone."""
@@ -372,7 +376,7 @@ class Measurement:
         alone = Row(
             name, str(self.problem), self.threads, 1e3 * seconds, spreads["ours"], work / seconds / 1e9,
             float(np.median(column["peak"])) / 1e9, float(np.median(work / ours / column["peak"])) / self.threads,
-            work / least_bytes(self.problem), *shares, "", None, None, None, "; ".join(self.notes + busy),
+            work / least_bytes(self.problem, self.inputs), *shares, "", None, None, None, "; ".join(self.notes + busy),
         )  # fmt: skip
         return [
             replace(
@@ -387,7 +391,7 @@ class Measurement:
         inside a kernel takes time as well, so these are shares of steps of their own."""
         party = self.parties["ours"]
         assert isinstance(party, Ours)
-        if (rate := _tick_rate()) is None or party.ticks() is None:
+        if not (rate := _tick_rate()) or party.ticks() is None:
             return None, None, None, None
         shares = []
         for _ in range(min(self.calls["ours"], 9)):
@@ -405,17 +409,16 @@ def _spread(times: Array) -> float:
 
 
 @cache
-def _tick_rate() -> float | None:
-    """Ticks of the kernels' clock in a second, from a call so long that nearly all of it is kernel."""
+def _tick_rate() -> float:
+    """Ticks of the kernels' clock in a second, from a call so long that nearly all of it is kernel; 0 without one."""
     problem = Problem.parse("lstm:T256,N32,I64,H128:f32:infer")
     party = Ours(problem, draw(problem), 1)
     rates = []
     for _ in range(3):
         start = time.perf_counter()
         ticks = party.ticks()
-        if ticks is None:
-            return None
-        rates.append(ticks[2] / (time.perf_counter() - start))
+        assert ticks is not None  # no stream
+        rates.append(float(ticks[2]) / (time.perf_counter() - start))
     return max(rates)
 
 
@@ -428,18 +431,27 @@ def measure(
     return measurement.rows([measurement.round() for _ in range(rounds)], name)
 
 
+def with_memory(rows: Sequence[Row], peers: Iterable[str]) -> list[Row]:
+    """The rows of one problem, with the memory that a step takes: ours and these peers'."""
+    problem = Problem.parse(rows[0].problem)
+    ours = memory(problem, "ours")
+    return [
+        replace(row, mb=ours, against_mb=memory(problem, row.against) if row.against in peers else None) for row in rows
+    ]
+
+
 # ---- Memory ------------------------------------------------------------------------------------------------
 
 
-def memory(problem: Problem, party: str) -> int | None:
-    """Bytes that a fresh process grows by, at its highest, over the first step of a problem whose arrays and weights
-    it already has; None where the system does not say (Linux does)."""
+def memory(problem: Problem, party: str) -> float | None:
+    """MB that a fresh process grows by, at its highest, over the first step of a problem whose arrays and weights it
+    already has; None where the system does not say (Linux does)."""
     code = f"from gatewise import bench; print(bench._growth({str(problem)!r}, {party!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise OSError(f"{problem}: measuring the memory of {party} failed: {done.stderr.strip().splitlines()[-1:]}")
     text = done.stdout.split()[-1]
-    return None if text == "None" else int(text)
+    return None if text == "None" else int(text) / 1e6
 
 
 def _growth(text: str, name: str) -> int | None:
@@ -507,13 +519,28 @@ def commit() -> str:
         return __version__
 
 
+def copy_rate(megabytes: int = 128) -> float:
+    """GB/s, read and written together, of copying an array that is larger than most caches, on one thread."""
+    source = np.ones(megabytes << 17)
+    target = np.zeros_like(source)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - start)
+    return 2e-9 * source.nbytes / min(seconds)
+
+
 def context(peers: Sequence[str]) -> dict[str, Any]:
     """Where and with what rows are measured: the columns that every row of a run shares."""
-    held = [f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ]
+    held = [
+        f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ
+    ]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": cpu_model(),
         "cores": available_cores(),
+        "copy_gbs": copy_rate(),
         "arch": _core.choose_arch(),
         "compiler": getattr(_core, "compiler", "unknown"),
         "commit": commit(),
@@ -574,38 +601,157 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def write_json(path: str, shared: dict[str, Any], rows: Sequence[Row]) -> None:
+def write_json(path: str | Path, shared: dict[str, Any], rows: Sequence[Row]) -> None:
     document = {**shared, "rows": [asdict(row) for row in rows]}
     Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class CsvFile:
-    """Rows as they come, so that a run that is cut short has kept what it measured."""
+    """A file that is whole after every problem, so that a run that is cut short has kept what it measured.
 
-    def __init__(self, path: str, shared: dict[str, Any]) -> None:
-        self.shared = shared
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (open for the life of the object)
-        self.writer = csv.DictWriter(self.file, [*ROW, *shared], lineterminator="\n")
-        self.writer.writeheader()
+    With `keep`, rows that are already there stay, but for those of a problem (in its set, at its arch and threads)
+    that is measured again.
+    """
+
+    def __init__(self, path: str | Path, shared: dict[str, Any], keep: bool = False) -> None:
+        self.path, self.shared = Path(path), shared
+        self.rows = read_csv(path) if keep and self.path.exists() else []
+        self._save()  # a path that cannot be written to is better known now
 
     def write(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            plain = {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in asdict(row).items()}
-            self.writer.writerow({**plain, **self.shared})
-        self.file.flush()
+        new = [{**asdict(row), **self.shared} for row in rows]
+        replaced = {_key(row) for row in new}
+        self.rows = [row for row in self.rows if _key(row) not in replaced] + new
+        self._save()
 
-    def __enter__(self) -> CsvFile:
-        return self
+    def _save(self) -> None:
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with open(beside, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [*ROW, *self.shared], lineterminator="\n", restval="")
+                writer.writeheader()
+                for row in self.rows:
+                    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return row["arch"], row["set"], row["problem"], int(row["threads"])
+
+
+_TEXTS = ("set", "problem", "against", "note", "date", "machine", "arch", "compiler", "commit", "versions")
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file that `CsvFile` wrote: numbers as numbers, None where there is none."""
-    texts = ("set", "problem", "against", "note", "date", "machine", "arch", "compiler", "commit", "versions")
+    """The rows of a file that `CsvFile` wrote: numbers as numbers, None where there is none.
+
+    Raises:
+        ValueError: it is another file.
+    """
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            {name: text if name in texts else float(text) if text else None for name, text in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file)
+        if lacking := {*ROW, "arch", "copy_gbs"} - {*(reader.fieldnames or ())}:
+            raise ValueError(f"{path}: expected the columns of gatewise bench; it lacks {', '.join(sorted(lacking))}")
+        return [{name: _value(name, text) for name, text in row.items()} for row in reader]
+
+
+def _value(name: str, text: str) -> Any:
+    if name in _TEXTS:
+        return text
+    return int(text) if name in ("threads", "cores") else float(text) if text else None
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, and a marker each, for eyes and printers that see no colours.
+LOOKS: dict[str, tuple[str, str]] = {
+    "ours": ("black", "o"), "torch": ("#D55E00", "s"), "torch-generic": ("#E69F00", "D"),
+    "torch-cell": ("#CC79A7", "v"), "onnxruntime": ("#0072B2", "^"), "jax": ("#009E73", "P"), "keras": ("#56B4E9", "X"),
+    "numpy": ("#777777", "<"), "reference": ("#AAAAAA", ">"),
+}  # fmt: skip
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty picture in inches.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the pictures need matplotlib: pip install "gatewise[bench]"') from error
+    picture = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(picture)
+    return picture
+
+
+def plot(rows: Sequence[dict[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw roofline.png and, where there are peers, ratio.png from rows as `read_csv` returns them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"roofline.png": _roofline(rows)}
+    if any(row["against"] in PEERS and row["ratio"] for row in rows):
+        pictures["ratio.png"] = _ratios(rows)
+    for name, picture in pictures.items():
+        picture.savefig(folder / name, dpi=120, metadata={"Software": None})
+    return [folder / name for name in pictures]
+
+
+def family(problem: Problem) -> str:
+    """What problems have in common that only differ in size: lstm f32 train."""
+    return f"{problem.cell} {problem.dtype} {problem.kind}"
+
+
+def _roofline(rows: Sequence[dict[str, Any]]) -> Any:
+    """Flops a second of a core over flops per byte, under the two roofs of each dtype."""
+    once = list({(row["arch"], row["problem"], row["threads"]): row for row in rows}.values())
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in once:
+        place = row["intensity"], row["gflops"] / row["threads"]
+        points.setdefault(family(Problem.parse(row["problem"])), []).append(place)
+    picture = figure(8, 5.5)
+    axes = picture.add_subplot()
+    colours = [colour for colour, _ in LOOKS.values()]
+    for k, (name, pairs) in enumerate(sorted(points.items())):
+        marker = {"train": "o", "infer": "^", "stream": "s"}[name.split()[-1]]
+        axes.scatter(*zip(*pairs), s=22, marker=marker, color=colours[k % len(colours)], label=name, alpha=0.8,
+                     linewidths=0)  # fmt: skip
+    x = np.geomspace(min(r["intensity"] for r in once) / 2, max(r["intensity"] for r in once) * 2, 200)
+    for (arch, dtype), style in zip(
+        sorted({(row["arch"], Problem.parse(row["problem"]).dtype) for row in once}), ("-", "--", "-.", ":") * 3
+    ):
+        group = [r for r in once if (r["arch"], Problem.parse(r["problem"]).dtype) == (arch, dtype)]
+        peak, copy = (float(np.median([r[name] for r in group])) for name in ("peak_gflops", "copy_gbs"))
+        axes.plot(x, np.minimum(peak, x * copy), style, color="black", linewidth=1,
+                  label=f"{arch} {dtype}: FMA peak {peak:.0f} GFLOP/s,\nmemory {copy:.0f} GB/s")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte that has to move at least",
+             ylabel="GFLOP/s a core", title="Roofline")  # fmt: skip
+    axes.grid(alpha=0.3)
+    picture.legend(loc="outside right upper", fontsize=7, frameon=False)
+    return picture
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> Any:
+    """The peers' times over ours, a point a problem, a line for each cell, dtype and kind of work."""
+    shown = [row for row in rows if row["against"] in PEERS and row["ratio"]]
+    families = sorted({family(Problem.parse(row["problem"])) for row in shown}, reverse=True)
+    peers = [name for name in LOOKS if any(row["against"] == name for row in shown)]
+    picture = figure(8, 1.4 + 0.45 * len(families))
+    axes = picture.add_subplot()
+    for k, peer in enumerate(peers):
+        mine = [row for row in shown if row["against"] == peer]
+        y = [families.index(family(Problem.parse(row["problem"]))) for row in mine]
+        offset = 0.6 * ((k + 0.5) / len(peers) - 0.5)
+        colour, marker = LOOKS[peer]
+        axes.scatter([row["ratio"] for row in mine], np.array(y) - offset, s=16, marker=marker, color=colour,
+                     label=peer, alpha=0.75, linewidths=0)  # fmt: skip
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="their time / ours (right of the line: ours is faster)", yticks=range(len(families)),
+             yticklabels=families, ylim=(-0.6, len(families) - 0.4))  # fmt: skip
+    axes.grid(alpha=0.3)
+    picture.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return picture

@@ -12,7 +12,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from math import isfinite
@@ -64,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     bench = commands.add_parser("bench", help="measure problems, verified, against other libraries")
-    bench.add_argument("problems", nargs="*", default=["grid"], metavar="SET or PROBLEM",
-                       help="names of sets (--list), problems as lstm:T64,N32,I64,H128:f32:train; default: grid")  # fmt: skip
-    bench.add_argument("--against", type=_words, metavar="PEERS",
-                       help="torch,onnxruntime,jax,... or none; default: torch and onnxruntime where installed")  # fmt: skip
-    bench.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N")
-    bench.add_argument("--rounds", type=int, metavar="N", help="windows of each party (default 9)")
+    what = "names of sets (--list), problems as lstm:T64,N32,I64,H128:f32:train; default: grid"
+    bench.add_argument("problems", nargs="*", default=["grid"], metavar="SET or PROBLEM", help=what)
+    whom = "torch,onnxruntime,jax,... or none; default: torch and onnxruntime where installed"
+    bench.add_argument("--against", type=_words, metavar="PEERS", help=whom)
+    bench.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    bench.add_argument("--rounds", type=_at_least_one, metavar="N", help="windows of each party (default 9)")
     bench.add_argument("--quick", action="store_true", help="three short windows: a smoke run, no figures to quote")
     bench.add_argument("--json", metavar="FILE", help="write the rows here as JSON")
     bench.add_argument("--csv", metavar="FILE", help="write the rows here as CSV")
@@ -140,29 +139,39 @@ def _words(text: str) -> list[str]:
     return [] if text == "none" else text.split(",")
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more; got {number}")
+    return number
+
+
 def _bench(options: argparse.Namespace) -> int:
     from . import bench
-    from .peers import PEERS
 
     if options.list:
-        for name, chosen in bench.SETS.items():
-            print(f"{name:<12} {len(chosen.problems):>3} problems: {chosen.origin}")
-        print()
-        for name, peer in PEERS.items():
-            print(f"{name:<14} {peer.missing() or peer.version()}")
+        _list_bench()
         return 0
     problems = bench.select(options.problems)
     peers = bench.installed(options.against)
     for threads in options.threads:
         choose_num_threads(threads)
+    if options.plot:  # what cannot be written is better known now
+        bench.figure(1, 1)
+        os.makedirs(options.plot, exist_ok=True)
+    if options.json:
+        open(options.json, "a", encoding="utf-8").close()
     shared = bench.context(peers)
-    table, rows = bench.Table(peers), []
+    table = bench.Table(peers)
+    rows: list[bench.Row] = []
     print(f"{shared['machine']}, {shared['cores']} cores, {shared['arch']}, built by {shared['compiler']}")
     print(f"{shared['versions']}, commit {shared['commit']}\n")
     print(table.header(), flush=True)
-    short = {"rounds": 3, "window": 0.003} if options.quick else {}
-    settings = {**short, **({"rounds": options.rounds} if options.rounds else {})}
-    with bench.CsvFile(options.csv, shared) if options.csv else nullcontext() as file:
+    settings: dict[str, Any] = {"rounds": 3, "window": 0.003} if options.quick else {}
+    if options.rounds:
+        settings["rounds"] = options.rounds
+    file = bench.CsvFile(options.csv, shared) if options.csv else None
+    try:
         for name, problem in problems:
             for threads in options.threads:
                 measured = bench.measure(problem, peers, threads, name=name, **settings)
@@ -170,13 +179,27 @@ def _bench(options: argparse.Namespace) -> int:
                 print(table.line(measured), flush=True)
                 if file:
                     file.write(measured)
+    except bench.WrongAnswer as error:  # a fault of ours, and not the user's mistake
+        print(f"gatewise bench: wrong answer: {error}", file=sys.stderr)
+        return 1
     print("", *table.summary(rows), sep="\n")
     if options.json:
         bench.write_json(options.json, shared, rows)
     if options.plot:
-        for path in bench.plot([asdict(row) for row in rows], options.plot):
+        for path in bench.plot([{**asdict(row), **shared} for row in rows], options.plot):
             print(path)
     return 0
+
+
+def _list_bench() -> None:
+    from . import bench
+    from .peers import PEERS
+
+    for name, chosen in bench.SETS.items():
+        print(f"{name:<12} {len(chosen.problems):>3} problems: {chosen.origin}")
+    print()
+    for name, peer in PEERS.items():
+        print(f"{name:<14} {peer.missing() or peer.version()}")
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from typing import Any, Callable, ClassVar
 
@@ -262,7 +262,7 @@ class NumPy(Party):
                 dgx[t], dgh[t] = np.where(runs, da, 0), np.where(runs, db, 0)
                 dh, dc = np.where(runs, db @ w_hh + through_h, dh), np.where(runs, into_c, dc)
         rows = (-1, G * problem.H)
-        grads = {
+        grads: dict[str, Callable[[], Array]] = {
             "dx": lambda: dgx @ w_ih, "dh0": lambda: dh, "dc0": lambda: dc,
             "dw_ih": lambda: dgx.reshape(rows).T @ x.reshape(-1, problem.I),
             "dw_hh": lambda: dgh.reshape(rows).T @ before.reshape(-1, problem.H),
@@ -310,9 +310,7 @@ class Torch(Party):
     def step(self) -> Any:
         with self.mode():
             if "stream" in self.problem.options:
-                for y in self.steps():
-                    pass
-                return y
+                return deque(self.steps(), maxlen=1)[0]
             y, state = self.forward()
             if self.problem.trains:
                 self.layer.zero_grad(set_to_none=True)
@@ -375,8 +373,13 @@ class TorchGeneric(Torch):
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        with super().window(), self.torch.backends.mkldnn.flags(enabled=False):
-            yield
+        mkldnn = self.torch.backends.mkldnn  # its context manager sets TF32 as well, which warns
+        kept, *_ = mkldnn.set_flags(False)
+        try:
+            with super().window():
+                yield
+        finally:
+            mkldnn.set_flags(kept)
 
 
 class TorchCell(Torch):
@@ -502,22 +505,17 @@ def _pinned(threads: int) -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity") or threads >= available_cores():
         yield
         return
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    kept = {}
+    everywhere, kept = os.sched_getaffinity(0), {}
     for thread in map(int, os.listdir("/proc/self/task")):
-        try:
+        with suppress(OSError):  # it has ended
             kept[thread] = os.sched_getaffinity(thread)
-            os.sched_setaffinity(thread, cores)
-        except OSError:  # it has ended
-            kept.pop(thread, None)
+            os.sched_setaffinity(thread, sorted(everywhere)[:threads])
     try:
         yield
     finally:
-        for thread, all_cores in kept.items():
-            try:
-                os.sched_setaffinity(thread, all_cores)
-            except OSError:
-                pass
+        for thread in map(int, os.listdir("/proc/self/task")):  # those that were born meanwhile are pinned as well
+            with suppress(OSError):
+                os.sched_setaffinity(thread, kept.get(thread, everywhere))
 
 
 class Jax(Party):
@@ -530,6 +528,7 @@ class Jax(Party):
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
         self.jax = importlib.import_module("jax")
+        self.jax.devices()  # starts XLA's pool, which is as large as the cores that it sees now
         with self.window():
             arrays = {name: self.jax.device_put(a) for name, a in inputs._asdict().items() if a is not None}
             names = [name[1:] for name in gradients_of(problem)]
@@ -584,10 +583,13 @@ class Jax(Party):
         return {name: np.asarray(a) for name, a in self.step().items()}
 
 
-@cache
+def _keras_backend() -> str:
+    """What Keras runs on: JAX, else PyTorch, unless KERAS_BACKEND has decided."""
+    return os.environ.get("KERAS_BACKEND") or ("jax" if importlib.util.find_spec("jax") else "torch")
+
+
 def _keras() -> Any:
-    """Keras on JAX, else on PyTorch, unless KERAS_BACKEND has decided."""
-    os.environ.setdefault("KERAS_BACKEND", "jax" if importlib.util.find_spec("jax") else "torch")
+    os.environ["KERAS_BACKEND"] = _keras_backend()  # read when Keras is imported, and kept from then on
     return importlib.import_module("keras")
 
 
@@ -613,14 +615,14 @@ class Keras(Party):
     def missing(cls) -> str | None:
         if reason := super().missing():
             return reason
-        runs_on = [os.environ["KERAS_BACKEND"]] if "KERAS_BACKEND" in os.environ else ["jax", "torch"]
-        if any(name in ("jax", "torch") and importlib.util.find_spec(name) for name in runs_on):
+        backend = _keras_backend()
+        if backend in ("jax", "torch") and importlib.util.find_spec(backend):
             return None
-        return f'keras needs jax or torch as its backend, not {runs_on}: pip install "gatewise[bench]"'
+        return f'keras needs jax or torch as its backend, not {backend}: pip install "gatewise[bench]"'
 
     @classmethod
     def version(cls) -> str:
-        return f"{super().version()} on {_keras().backend.backend()}"
+        return f"{super().version()} on {_keras_backend()}"
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)

@@ -1,0 +1,69 @@
+"""Options of the suite: which problems, how many threads, against whom, on which instruction set, where the rows go.
+
+pytest benchmarks --sets grid half --threads 1 2 --against torch,onnxruntime --arch avx2
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gatewise import bench, peers
+from gatewise.backends import available_cores
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# PyTorch is held to the instruction set that we are held to; it reads these when it is first imported.
+TORCH_HELD: dict[str, dict[str, str]] = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "generic": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gatewise")
+    group.addoption("--sets", nargs="+", default=[*bench.SETS], metavar="SET", help="names of sets, or problems")
+    group.addoption("--threads", nargs="+", type=int, metavar="N", help="default: 1, and 2 where there are 2 cores")
+    group.addoption("--against", metavar="PEERS", help="torch,jax,... or none; default: all that are installed")
+    group.addoption("--arch", metavar="ARCH", help="sets GATEWISE_ARCH, and holds PyTorch to the same")
+    group.addoption("--rounds", type=int, default=bench.ROUNDS, metavar="N")
+    group.addoption("--window", type=float, default=bench.WINDOW, metavar="SECONDS")
+    group.addoption("--results", type=Path, default=RESULTS, metavar="DIR", help="where speed.csv is")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if arch := config.getoption("--arch"):
+        os.environ.update(TORCH_HELD.get(arch, {}), GATEWISE_ARCH=arch)
+    try:
+        installed = ",".join(name for name, peer in peers.PEERS.items() if peer.missing() is None)
+        named = config.getoption("--against") or installed
+        config.against = bench.installed([] if named == "none" else named.split(","))
+        config.problems = bench.select(config.getoption("--sets"))
+    except (ValueError, ImportError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    counts = config.getoption("--threads") or range(1, min(available_cores(), 2) + 1)
+    cases = [(name, problem, n) for name, problem in config.problems for n in counts]
+    metafunc.parametrize("name, problem, threads", cases, ids=[f"{name}-{p}-{n}" for name, p, n in cases])
+
+
+@pytest.fixture(scope="session")
+def show(pytestconfig: pytest.Config) -> Callable[[list[bench.Row]], None]:
+    """Prints the line of a problem when it has been measured."""
+    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    table = bench.Table(pytestconfig.against)
+    terminal.write_line(table.header())
+    return lambda rows: terminal.write_line(table.line(rows))
+
+
+@pytest.fixture(scope="session")
+def speed(pytestconfig: pytest.Config) -> bench.CsvFile:
+    """The rows of earlier runs stay until their problem is measured again."""
+    folder = pytestconfig.getoption("--results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return bench.CsvFile(folder / "speed.csv", bench.context(pytestconfig.against), keep=True)
