@@ -15,7 +15,7 @@ test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/bench.stamp ## measure against other libraries, write benchmarks/results; ARGS="--sets grid --arch avx2"
-	$(BIN)/python -m pytest benchmarks --quiet --benchmark-columns=median,iqr --benchmark-group-by=group $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr --benchmark-group-by=group $(ARGS)
 	$(BIN)/python benchmarks/report.py
 
 instructions: $(VENV)/test.stamp  ## instructions of the kernels against a baseline; ARGS=--update makes a new one

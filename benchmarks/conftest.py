@@ -6,7 +6,6 @@ pytest benchmarks --sets grid half --threads 1 2 --against torch,onnxruntime --a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         installed = ",".join(name for name, peer in peers.PEERS.items() if peer.missing() is None)
         named = config.getoption("--against") or installed
-        config.against = bench.installed([] if named == "none" else named.split(","))
+        config.against = bench.installed([] if named in ("", "none") else named.split(","))
         config.problems = bench.select(config.getoption("--sets"))
     except (ValueError, ImportError) as error:
         raise pytest.UsageError(str(error)) from error
@@ -53,17 +52,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def show(pytestconfig: pytest.Config) -> Callable[[list[bench.Row]], None]:
-    """Prints the line of a problem when it has been measured."""
-    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    table = bench.Table(pytestconfig.against)
-    terminal.write_line(table.header())
-    return lambda rows: terminal.write_line(table.line(rows))
-
-
-@pytest.fixture(scope="session")
 def speed(pytestconfig: pytest.Config) -> bench.CsvFile:
     """The rows of earlier runs stay until their problem is measured again."""
     folder = pytestconfig.getoption("--results")
     folder.mkdir(parents=True, exist_ok=True)
     return bench.CsvFile(folder / "speed.csv", bench.context(pytestconfig.against), keep=True)
+
+
+@pytest.fixture(scope="session")
+def table(pytestconfig: pytest.Config) -> bench.Table:
+    return bench.Table(pytestconfig.against)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return bench.Table(config.against).header()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Prints the line of a problem as soon as it has been measured; a test's own output would be captured."""
+    if report.when == "call":
+        print(*(f"\n{line}" for name, line in report.user_properties if name == "line"), end=" ")

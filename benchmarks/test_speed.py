@@ -38,7 +38,7 @@ def opponents(config: pytest.Config, name: str, problem: bench.Problem, threads:
 
 
 @pytest.mark.benchmark(timer=clock, warmup=False)
-def test_speed(benchmark, pytestconfig, speed, show, name, problem, threads) -> None:
+def test_speed(benchmark, pytestconfig, speed, table, record_property, name, problem, threads) -> None:
     peers = opponents(pytestconfig, name, problem, threads)
     measurement = bench.Measurement(problem, peers, threads, pytestconfig.getoption("--window"))
     others = [party for party in measurement.parties if party != "ours"]
@@ -56,7 +56,7 @@ def test_speed(benchmark, pytestconfig, speed, show, name, problem, threads) -> 
     if name == "scaling" and threads == 1:
         rows = bench.with_memory(rows, ["torch"])
     speed.write(rows)
-    show(rows)
+    record_property("line", table.line(rows))
     benchmark.group = name
     facts = asdict(rows[0])
     benchmark.extra_info.update({key: facts[key] for key in ("gflops", "peak_share", "products", "cells", "other")})

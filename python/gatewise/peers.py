@@ -216,7 +216,8 @@ class NumPy(Party):
     options = Ours.options - {"stream"}
     cells: ClassVar[dict[str, tuple[Any, Any]]] = {
         "rnn_tanh": _rnn(np.tanh, lambda h: 1 - h**2),
-        "rnn_relu": _rnn(lambda a: np.maximum(a, 0), lambda h: (h > 0).astype(h.dtype)),
+        # a NaN's gradient is not hidden: PyTorch's choice, and ours
+        "rnn_relu": _rnn(lambda a: np.maximum(a, 0), lambda h: (~(h <= 0)).astype(h.dtype)),
         "lstm": (_lstm_forward, _lstm_backward),
         "gru": (_gru_forward, _gru_backward),
     }
