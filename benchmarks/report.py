@@ -348,6 +348,8 @@ same machine: trust the ratios more than the times.
   kernels (packing, memory), outside of them (Python, allocation). With several threads, those of the first.
 - Under a peer's name: its time over ours, the median over the rounds, so above 1 ours is faster. `plain` is ours on
   ordinary numbers and full sequences, `1 thread` ours on one thread. – : the peer has no such layer, or was not run.
+- {rounds} rounds of windows of {window:.0f} ms or more, unless the run was told otherwise; a peer that takes long, and
+  more than {slow} times as long as ours, takes part in every third.
 - torch, jax and keras compute the same gradients that we do; onnxruntime runs inference in float32 alone.
 """
 
@@ -356,7 +358,8 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
     """The page, from the rows and the names of the pictures beside it."""
     arch, everything = main_arch(rows), cases(rows)
     mine = [c for c in everything if c.row["arch"] == arch]
-    lines = [HEAD, *provenance(rows)]
+    head = HEAD.format(rounds=bench.ROUNDS, window=1e3 * bench.WINDOW, slow=bench.SLOW)
+    lines = [head, *provenance(rows)]
     if len({row["commit"] for row in rows}) > 1:
         lines += ["", "Not all rows are of one commit: a part was measured again, the rest kept."]
     busy = sum("busy" in c.row["note"] for c in everything)

@@ -13,7 +13,7 @@ import pytest
 from gatewise import bench
 
 # Slow ones, and ones that others speak for, meet us on a few problems only: not long ones, on one thread.
-FEW = ("torch-cell", "keras", "numpy", "reference")
+FEW = ("torch-generic", "torch-cell", "keras", "numpy", "reference")
 FEW_SETS = ("grid", "stream")
 
 

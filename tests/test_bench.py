@@ -269,6 +269,29 @@ def test_rows_are_medians_of_rounds_and_ratios_pair_windows_of_one_round(monkeyp
     assert sum((row.products, row.cells, row.other, row.call)) == pytest.approx(1, abs=0.05)
 
 
+class Slow(peers.NumPy):
+    """A peer that takes long."""
+
+    name = "slow"
+    packages = ()
+
+    def step(self):
+        done = threading.Event()
+        done.wait(0.02)
+        return super().step()
+
+
+def test_a_slow_peer_sits_out_two_rounds_of_three_and_is_paired_with_those_it_was_in(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "slow", Slow)
+    measurement = bench.Measurement(TINY, ["slow"], window=1e-3)
+    rounds = [measurement.round() for _ in range(4)]
+    assert ["slow" in r for r in rounds] == [True, False, False, True]
+    for k, r in enumerate(rounds):
+        r.update({"ours": k + 1.0, "peak": 1.0}, **({"slow": 10.0} if "slow" in r else {}))
+    (row,) = measurement.rows(rounds)
+    assert row.ms == 2500 and row.against_ms == 10000 and row.ratio == (10 / 1 + 10 / 4) / 2
+
+
 def test_other_parties_of_ours_are_the_plain_problem_and_one_thread():
     names = {
         text: list(bench.Measurement(Problem.parse(f"lstm:T3,N4,I2,H3:f32:{text}"), (), threads, 1e-4).parties)

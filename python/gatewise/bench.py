@@ -37,6 +37,7 @@ Array = NDArray[Any]
 WINDOW = 0.03  # seconds of steps between two looks at the clock
 ROUNDS = 9
 PAUSE = 0.01  # between windows: a pool that spins while it waits for work must have gone to sleep
+SLOW = 2.5  # times our time: a party that takes so long, and long windows, is measured on every third round
 BUSY = 0.15  # a spread above this says that the machine was doing something else as well
 
 # ---- Named sets --------------------------------------------------------------------------------------------
@@ -325,19 +326,23 @@ class Measurement:
             self._verify("plain", plain)
         if threads > 1:
             self.parties["1 thread"] = Ours(problem, self.inputs, 1)
-        self.calls = {name: self._calls(name) for name in self.parties}
+        self.turns = 0
+        self.calls, seconds = {}, {}
+        for name in self.parties:
+            self.calls[name], seconds[name] = self._calls(name)
+        self.slow = {name for name, taken in seconds.items() if taken > max(4 * window, SLOW * seconds["ours"])}
 
     def _verify(self, name: str, problem: Problem) -> None:
         with self.parties[name].window():
             results = self.parties[name].results()
         verify(problem, "gatewise" if isinstance(self.parties[name], Ours) else name, results)
 
-    def _calls(self, name: str) -> int:
-        """Calls that fill a window."""
+    def _calls(self, name: str) -> tuple[int, float]:
+        """Calls that fill a window, and seconds a call."""
         calls = 1
         while (taken := calls * self.window(name, calls)) < self.time:
             calls = max(calls + 1, int(calls * min(10.0, 1.2 * self.time / taken)))
-        return calls
+        return calls, taken / calls
 
     def window(self, name: str, calls: int | None = None) -> float:
         """Seconds a call of one party, from one window of `calls`, after a pause."""
@@ -361,27 +366,32 @@ class Measurement:
         return _core.fma_rate(_core.choose_arch(), np.dtype(DTYPES[self.problem.dtype]).name, 0.005)
 
     def round(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Seconds a call of each party (or of these), from one window each, and the peak."""
-        return {**{name: self.window(name) for name in (self.parties if names is None else names)}, "peak": self.peak()}
+        """Seconds a call of each party (or of these), from one window each, and the peak. A slow party sits out two
+        rounds of three."""
+        names = [*(self.parties if names is None else names)]
+        taking_part = names if self.turns % 3 == 0 else [name for name in names if name not in self.slow]
+        self.turns += 1
+        return {**{name: self.window(name) for name in taking_part}, "peak": self.peak()}
 
     def rows(self, rounds: Sequence[dict[str, float]], name: str = "") -> list[Row]:
         """What the rounds say: a row for each other party, or one row alone."""
-        column = {party: np.array([r[party] for r in rounds]) for party in rounds[0]}
+        column = {party: np.array([r.get(party, np.nan) for r in rounds]) for party in rounds[0]}
         ours = column["ours"]
         work = flops(self.problem, self.inputs)
         seconds = float(np.median(ours))
         spreads = {party: _spread(times) for party, times in column.items()}
-        busy = [f"busy: {party} ±{spread:.0%}" for party, spread in spreads.items() if spread > BUSY]
+        busy = [f"{party} ±{spread:.0%}" for party, spread in spreads.items() if spread > BUSY]
+        notes = self.notes + [f"busy: {', '.join(busy)}"] * bool(busy)
         shares = self.phases()
         alone = Row(
             name, str(self.problem), self.threads, 1e3 * seconds, spreads["ours"], work / seconds / 1e9,
             float(np.median(column["peak"])) / 1e9, float(np.median(work / ours / column["peak"])) / self.threads,
-            work / least_bytes(self.problem, self.inputs), *shares, "", None, None, None, "; ".join(self.notes + busy),
+            work / least_bytes(self.problem, self.inputs), *shares, "", None, None, None, "; ".join(notes),
         )  # fmt: skip
         return [
             replace(
-                alone, against=party, against_ms=1e3 * float(np.median(times)), against_spread=spreads[party],
-                ratio=float(np.median(times / ours)),
+                alone, against=party, against_ms=1e3 * float(np.nanmedian(times)), against_spread=spreads[party],
+                ratio=float(np.nanmedian(times / ours)),
             )
             for party, times in column.items() if party not in ("ours", "peak")
         ] or [alone]  # fmt: skip
@@ -404,7 +414,7 @@ class Measurement:
 
 
 def _spread(times: Array) -> float:
-    low, middle, high = np.percentile(times, [25, 50, 75])
+    low, middle, high = np.nanpercentile(times, [25, 50, 75])
     return float((high - low) / 2 / middle)
 
 
