@@ -725,11 +725,12 @@ def _roofline(rows: Sequence[dict[str, Any]]) -> Any:
         points.setdefault(family(Problem.parse(row["problem"])), []).append(place)
     picture = figure(8, 5.5)
     axes = picture.add_subplot()
-    colours = [colour for colour, _ in LOOKS.values()]
-    for k, (name, pairs) in enumerate(sorted(points.items())):
-        marker = {"train": "o", "infer": "^", "stream": "s"}[name.split()[-1]]
-        axes.scatter(*zip(*pairs), s=22, marker=marker, color=colours[k % len(colours)], label=name, alpha=0.8,
-                     linewidths=0)  # fmt: skip
+    colours = dict(zip(GATES, [colour for colour, _ in LOOKS.values()][1:]))
+    for name, pairs in sorted(points.items()):
+        cell, dtype, kind = name.split()
+        marker, colour = {"train": "o", "infer": "^", "stream": "s"}[kind], colours[cell]
+        inside = colour if dtype == "f32" else "none"
+        axes.scatter(*zip(*pairs), s=22, marker=marker, facecolor=inside, edgecolor=colour, label=name, alpha=0.8)
     x = np.geomspace(min(r["intensity"] for r in once) / 2, max(r["intensity"] for r in once) * 2, 200)
     for (arch, dtype), style in zip(
         sorted({(row["arch"], Problem.parse(row["problem"]).dtype) for row in once}), ("-", "--", "-.", ":") * 3
@@ -760,8 +761,12 @@ def _ratios(rows: Sequence[dict[str, Any]]) -> Any:
         axes.scatter([row["ratio"] for row in mine], np.array(y) - offset, s=16, marker=marker, color=colour,
                      label=peer, alpha=0.75, linewidths=0)  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=1)
+    low, high = (end(row["ratio"] for row in shown) for end in (min, max))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 2.5 < t < 2.5 * high]
     axes.set(xscale="log", xlabel="their time / ours (right of the line: ours is faster)", yticks=range(len(families)),
              yticklabels=families, ylim=(-0.6, len(families) - 0.4))  # fmt: skip
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     picture.legend(loc="outside right upper", fontsize=8, frameon=False)
     return picture
