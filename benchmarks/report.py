@@ -287,6 +287,23 @@ def growth(chosen: Sequence[Case]) -> Iterator[str]:
             yield f"- {letter} from {size[0]} to {size[1]}: time grows as {letter}^{power:.2f}"
 
 
+def log_log(panel: Any, x: Sequence[int]) -> None:
+    """Both axes logarithmic, with numbers that can be read off."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    panel.set(xscale="log", yscale="log")
+    panel.set_xticks(x, [str(size) for size in x])
+    panel.xaxis.set_minor_locator(NullLocator())
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    )
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+
+
 def scaling_picture(chosen: Sequence[Case]) -> Any:
     """Time against each size, ours and torch's, and the gain from threads."""
     picture = bench.figure(10, 6)
@@ -301,17 +318,18 @@ def scaling_picture(chosen: Sequence[Case]) -> Any:
                 colour, marker = bench.LOOKS[party]
                 if None not in y:
                     panel.plot(x, y, dash, marker=marker, markersize=3, color=colour, label=f"{party}, {label}")
-        panel.set(xscale="log", yscale="log", xlabel=letter, ylabel="ms a training step")
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
-    for colour, H in zip(("#56B4E9", "#0072B2", "black"), (32, 128, 512)):
-        line = [c for c in walk(chosen, "H") if H == c.problem.H]
-        gains = [1.0 if c.row["threads"] == 1 else c.against["1 thread"]["ratio"] for c in line]
-        panels[4].plot([c.row["threads"] for c in line], gains, "o-", color=colour, label=f"H = {H}")
-    panels[4].plot(counts, counts, ":", color="#777777", label="ideal")
-    panels[4].set(xlabel="threads", ylabel="times as fast as 1 thread", xticks=counts)
-    panels[4].grid(alpha=0.3)
-    panels[4].legend(fontsize=8, frameon=False)
+        log_log(panel, sorted({getattr(c.problem, letter) for c in walk(chosen, letter)}))
+        panel.set(xlabel=letter, ylabel="ms a training step")
+    if len(counts) > 1:
+        for colour, H in zip(("#56B4E9", "#0072B2", "black"), (32, 128, 512)):
+            line = [c for c in walk(chosen, "H") if H == c.problem.H]
+            gains = [1.0 if c.row["threads"] == 1 else c.against["1 thread"]["ratio"] for c in line]
+            panels[4].plot([c.row["threads"] for c in line], gains, "o-", color=colour, label=f"H = {H}")
+        panels[4].plot(counts, counts, ":", color="#777777", label="ideal")
+        panels[4].set(xlabel="threads", ylabel="times as fast as 1 thread", xticks=counts)
+        panels[4].grid(alpha=0.3)
+        panels[4].legend(fontsize=8, frameon=False)
+    panels[4].set_visible(len(counts) > 1)
     panels[5].axis("off")
     panels[5].legend(*panels[0].get_legend_handles_labels(), loc="center left", fontsize=9, frameon=False)
     picture.suptitle(f"One size at a time away from {BASE}", fontsize=11)
@@ -330,9 +348,8 @@ def memory_picture(chosen: Sequence[Case]) -> Any:
         ):
             colour, marker = bench.LOOKS[party]
             panel.plot(x, y, marker=marker, color=colour, label=party)
-        panel.set(yscale="log", xlabel=letter, ylabel="MB a training step")
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
+        log_log(panel, x)
+        panel.set(xlabel=letter, ylabel="MB a training step")
         panel.legend(fontsize=8, frameon=False)
     return picture
 

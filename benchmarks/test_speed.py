@@ -15,6 +15,7 @@ from gatewise import bench
 # Slow ones, and ones that others speak for, meet us on a few problems only: not long ones, on one thread.
 FEW = ("torch-generic", "torch-cell", "keras", "numpy", "reference")
 FEW_SETS = ("grid", "stream")
+ONE_THREAD = ("jax",)  # or a full run would take longer than half an hour
 
 
 class Clock:
@@ -31,10 +32,12 @@ clock = Clock()
 
 
 def opponents(config: pytest.Config, name: str, problem: bench.Problem, threads: int) -> list[str]:
-    """The peers that meet us on a problem of a set."""
-    short = problem.T * problem.N <= 8192 and problem.H <= 512
-    few = name in FEW_SETS and threads == 1 and short and problem.dtype == "f32"
-    return [peer for peer in config.against if few or peer not in FEW or config.getoption("--against")]
+    """The peers that meet us on a problem of a set: those that were named, else all but the slow ones."""
+    if config.getoption("--against"):
+        return list(config.against)
+    short = problem.T * problem.N <= 8192 and problem.H <= 512 and problem.dtype == "f32"
+    few = name in FEW_SETS and short and threads == 1
+    return [peer for peer in config.against if few or (peer not in FEW and (threads == 1 or peer not in ONE_THREAD))]
 
 
 @pytest.mark.benchmark(timer=clock, warmup=False)
