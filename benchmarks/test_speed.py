@@ -40,6 +40,7 @@ def opponents(config: pytest.Config, name: str, problem: bench.Problem, threads:
     return [peer for peer in config.against if few or (peer not in FEW and (threads == 1 or peer not in ONE_THREAD))]
 
 
+@pytest.mark.filterwarnings("default")  # those of other libraries are no fault of ours
 @pytest.mark.benchmark(timer=clock, warmup=False)
 def test_speed(benchmark, pytestconfig, speed, table, record_property, name, problem, threads) -> None:
     peers = opponents(pytestconfig, name, problem, threads)
@@ -61,6 +62,6 @@ def test_speed(benchmark, pytestconfig, speed, table, record_property, name, pro
     speed.write(rows)
     record_property("line", table.line(rows))
     benchmark.group = name
-    facts = asdict(rows[0])
-    benchmark.extra_info.update({key: facts[key] for key in ("gflops", "peak_share", "products", "cells", "other")})
+    facts, shares = asdict(rows[0]), ("products", "cells", "other", "call")
+    benchmark.extra_info.update({key: facts[key] for key in ("gflops", "peak_share", *shares)})
     benchmark.extra_info.update({f"{row.against} / ours": row.ratio for row in rows if row.against})
