@@ -6,6 +6,7 @@ Nothing on the page is typed: every number comes from speed.csv, and the page ca
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -435,4 +436,7 @@ def write(folder: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where speed.csv is")
-    print(write(parser.parse_args().results))
+    try:
+        print(write(parser.parse_args().results))
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"report: {error}")
