@@ -18,8 +18,9 @@
 namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
 
 template <class T> void copy(const T* from, T* to, Index n) { std::memcpy(to, from, std::size_t(n) * sizeof(T)); }
-template <class T> GATEWISE_FN void prefetch_lines(const T* from, Index n) {
-  for (Index i = 0; i < n; i += 64 / Index(sizeof(T))) __builtin_prefetch(from + i, 1);
+// Asks for lines that will be written, and that no cache can have yet
+template <class T> GATEWISE_FN void prefetch(const T* lines, Index n) {
+  for (Index i = 0; i < n; i += 64 / Index(sizeof(T))) __builtin_prefetch(lines + i, 1);
 }
 template <class T> void zero(T* to, Index n) { std::memset(to, 0, std::size_t(n) * sizeof(T)); }
 
@@ -79,6 +80,12 @@ class Meter {
   Ticks* ticks_;
   std::uint64_t last_;
 };
+
+// The groups of a range in turn, backwards in every other step: it begins with the weights that the last one left in
+// cache. A single row on one thread gains a tenth.
+inline Index there_and_back(Index step, Index turn, Range range) {
+  return step % 2 ? range.begin + range.end - 1 - turn : turn;
+}
 
 // What forward and backward have in common: the problem, its rows, and how to find things in it.
 template <class Cell, class T> struct Pass {
@@ -219,7 +226,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
   // One step of sorted positions [begin, end), for the given groups of panels
   void step(Index s, Index chunk, Range positions, Range groups) {
-    for (Index q = groups.begin; q < groups.end; ++q) {
+    for (Index turn = groups.begin; turn < groups.end; ++turn) {
+      const Index q = there_and_back(s, turn, groups);
       const Index panels = this->group_panels(q), registers = panels * G;
       const T* w_hh = weights.w_hh + q * Facts::group * G * W * d.H;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
@@ -228,7 +236,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r);
         Tile<T> tile;
         this->meter.start();
-        for (Index b = 0; b < panels; ++b) prefetch(s, chunk, i, height, q * Facts::group + b);
+        for (Index b = 0; b < panels && keeps_tape(); ++b)
+          prefetch(call.saved + ((q * Facts::group + b) * rows.count + rows.offset[s] + i) * S * W, height * S * W);
         if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, d.H, 1, 0, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
@@ -237,20 +246,6 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         this->meter.stop(&Ticks::epilogues);
       });
     }
-  }
-
-  // Asks for the lines that finish() is about to use, a product ahead of it
-  GATEWISE_FN void prefetch(Index s, Index chunk, Index i, Index height, Index p) {
-    const Index row = rows.offset[s] + i;
-    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
-    T* kept = call.saved + (p * rows.count + row) * S * W;
-    prefetch_lines(gx_row, height * G * W);
-    if (keeps_tape()) prefetch_lines(kept, height * S * W);
-    if (Cell::has_c) {
-      prefetch_lines(states + (p * states_stride + state_row(s - 1) + i) * W, height * W);
-      prefetch_lines(states + (p * states_stride + state_row(s) + i) * W, height * W);
-    }
-    for (Index r = 0; r < height; ++r) prefetch_lines(call.y + rows.time_row[row + r] * d.H + p * W, 1);
   }
 
   // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart
@@ -375,15 +370,15 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // Products of rows of dgates with one side's weights, in tiles: f(first row, how many, register of columns, their
   // values, the values' stride). Null gates are zeros.
-  template <class F, class Prefetch> void product(const Side& side, const T* gates, Index count, Range groups, F f, Prefetch pf) {
-    for (Index q = groups.begin; q < groups.end; ++q) {
+  template <class F> void product(const Side& side, const T* gates, Index count, Range groups, Index step, F f) {
+    for (Index turn = groups.begin; turn < groups.end; ++turn) {
+      const Index q = there_and_back(step, turn, groups);
       const Index first_register = q * kColumnRegisters;
       const Index registers = least(kColumnRegisters, ceil_div(side.columns, W) - first_register);
       const T* weights = side.packed + first_register * W * P * G * W;
       for_each_tile(count, rows_per_tile(registers), [&](Index first, Index height) {
         Tile<T> tile;
         this->meter.start();
-        for (Index v = 0; v < registers; ++v) pf(first, height, first_register + v);
         if (gates) {
           const T* a[kMaxRows] = {};
           for (Index r = 0; r < height; ++r) a[r] = gates + gate_row(0, first + r) + side.block * W;
@@ -409,29 +404,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         finish(s, gates, chunk, i + first, height, p, dh, stride);
       };
     };
-    const auto prefetch_from = [&](Index i) {
-      return [=](Index first, Index height, Index p) { prefetch(s, gates, chunk, i + first, height, p); };
-    };
-    product(h(), later + gate_row(0, fed.begin), fed.size(), groups, finish_from(fed.begin), prefetch_from(fed.begin));
-    product(h(), nullptr, last.size(), groups, finish_from(last.begin), prefetch_from(last.begin));
-  }
-
-  GATEWISE_FN void prefetch(Index s, T* gates, Index chunk, Index i, Index height, Index p) {
-    const Index row = rows.offset[s] + i, unit = p * W;
-    prefetch_lines(call.saved + (p * rows.count + row) * S * W, height * S * W);
-    if (Cell::has_c) {
-      prefetch_lines(call.states + (p * this->state_rows() + this->state_row(s - 1) + i) * W, height * W);
-      prefetch_lines(call.states + (p * this->state_rows() + this->state_row(s) + i) * W, height * W);
-    }
-    prefetch_lines(gates + gate_row(p, row - chunk), height * D * W);
-    prefetch_lines(carry_h + (p * d.N + i) * W, height * W);
-    prefetch_lines(carry_c + (p * d.N + i) * W, height * W);
-    for (Index r = 0; r < height; ++r) {
-      const Index at = rows.time_row[row + r] * d.H + unit;
-      if (Cell::split) if (const T* h_prev = this->previous_h(call.y, s, i + r)) prefetch_lines(h_prev + unit, 1);
-      if (!Cell::split) prefetch_lines(call.y + at, 1);
-      if (call.dy) prefetch_lines(call.dy + at, 1);
-    }
+    product(h(), later + gate_row(0, fed.begin), fed.size(), groups, s, finish_from(fed.begin));
+    product(h(), nullptr, last.size(), groups, s, finish_from(last.begin));
   }
 
   // The epilogue: the cell's backward on a tile's rows of one panel
@@ -568,12 +542,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   // What follows from the gate gradients of a chunk of `count` rows that starts at row `chunk`
   void finish_chunk(const T* gates, Index chunk, Index count, Range part, Range groups) {
     if (call.dx)
-      product(x(), gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)},
+      product(x(), gates + gate_row(0, part.begin), part.size(), {0, column_groups<T>(d.I)}, 0,
               [&](Index first, Index height, Index v, const T* dx, Index stride) {
                 for (Index r = 0; r < height; ++r)
                   V::load(dx + r * stride)
                       .store(call.dx + rows.time_row[chunk + part.begin + first + r] * d.I + v * W, d.I - v * W);
-              }, [](Index, Index, Index) {});
+              });
     for (const Side& side : sides)
       if (side.d_weights) weight_gradient(side, gates, count, groups);
     if (call.db_ih || call.db_hh) bias_gradient(gates, count, panels_of(groups));
@@ -622,8 +596,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
               .store(call.dh0 + rows.order[i + first + r] * d.H + p * W, d.H - p * W);
       };
     };
-    product(h(), first_step, live, columns, store_from(0), [](Index, Index, Index) {});
-    product(h(), nullptr, d.N - live, columns, store_from(live), [](Index, Index, Index) {});
+    product(h(), first_step, live, columns, 0, store_from(0));
+    product(h(), nullptr, d.N - live, columns, 0, store_from(live));
   }
 };
 

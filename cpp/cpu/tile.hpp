@@ -2,8 +2,6 @@
 // packed weights it reads. Each element is one chain of fused multiply-adds in the order of k, whatever the tile's
 // shape: a row's bits depend on neither its neighbours nor the number of threads.
 #pragma once
-#include <utility>
-
 #include "rows.hpp"
 #include "vec.hpp"
 
@@ -120,34 +118,57 @@ template <int Gates> struct Panels {
   static Index in_group(Index group, Index panels) { return least(panels - group * per_group, per_group); }
 };
 
+// The registers of one group of panels: f(a register of units in the packed group, their first row of w, how many)
+template <int Gates, class Gate, class F> void for_each_register(Index H, Index W, Gate gate, Index group, F f) {
+  const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
+  for (Index b = 0; b < panels; ++b)
+    for (int slot = 0; slot < Gates; ++slot)
+      f(b * Gates + slot, gate(slot) * H + (first + b) * W, least(W, H - (first + b) * W));
+}
+template <int Gates> Index group_registers(Index H, Index W, Index group) {
+  return Panels<Gates>::in_group(group, ceil_div(H, W)) * Gates;
+}
+
 // packed[group][k][panel in group][slot][lane] = w[gate(slot) * H + unit][k], zero where there is no such unit
 template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
-  T* out = packed + first * Gates * W * K;
-  for (Index b = 0; b < panels; ++b)
-    for (int slot = 0; slot < Gates; ++slot)
-      for (Index lane = 0; lane < W; ++lane) {
-        const Index unit = (first + b) * W + lane;
-        T* to = out + (b * Gates + slot) * W + lane;
-        const T* from = w + (gate(slot) * H + unit) * K;
-        for (Index k = 0; k < K; ++k) to[k * panels * Gates * W] = unit < H ? from[k] : T(0);
-      }
+  const Index registers = group_registers<Gates>(H, W, group);
+  T* out = packed + group * Panels<Gates>::registers * W * K;
+  for_each_register<Gates>(H, W, gate, group, [&](Index v, Index row, Index units) {
+    for (Index k = 0; k < K; k += W) {
+      Vec<T> block[W];
+      GATEWISE_UNROLL
+      for (Index lane = 0; lane < W; ++lane)
+        block[lane] = lane < units ? Vec<T>::load(w + (row + lane) * K + k, K - k) : Vec<T>(T(0));
+      transpose(block);
+      GATEWISE_UNROLL
+      for (Index i = 0; i < W; ++i)
+        if (k + i < K) block[i].store(out + ((k + i) * registers + v) * W);
+    }
+  });
 }
 
 // The inverse, added: w[gate(slot) * H + unit][k] += packed[...]
 template <class T, int Gates, class Gate>
 void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
   constexpr Index W = Vec<T>::width;
-  const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
-  const T* in = packed + first * Gates * W * K;
-  for (Index b = 0; b < panels; ++b)
-    for (int slot = 0; slot < Gates; ++slot)
-      for (Index lane = 0; lane < least(W, H - (first + b) * W); ++lane) {
-        const T* from = in + (b * Gates + slot) * W + lane;
-        T* to = w + (gate(slot) * H + (first + b) * W + lane) * K;
-        for (Index k = 0; k < K; ++k) to[k] += from[k * panels * Gates * W];
+  const Index registers = group_registers<Gates>(H, W, group);
+  const T* in = packed + group * Panels<Gates>::registers * W * K;
+  for_each_register<Gates>(H, W, gate, group, [&](Index v, Index row, Index units) {
+    for (Index k = 0; k < K; k += W) {
+      Vec<T> block[W];
+      GATEWISE_UNROLL
+      for (Index i = 0; i < W; ++i)
+        block[i] = k + i < K ? Vec<T>::load(in + ((k + i) * registers + v) * W) : Vec<T>(T(0));
+      transpose(block);
+      GATEWISE_UNROLL
+      for (Index lane = 0; lane < W; ++lane) {
+        if (lane >= units) continue;
+        T* to = w + (row + lane) * K + k;
+        (Vec<T>::load(to, K - k) + block[lane]).store(to, K - k);
       }
+    }
+  });
 }
 
 // The same matrix for products the other way, gates in and columns out: a column group is up to four registers of
