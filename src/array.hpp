@@ -1,8 +1,11 @@
 // The one door from Python arrays to pointers: borrow(). It checks everything about an array, once, and an error
-// names the argument, what was expected and what came. Nothing is copied, nothing is cast.
+// names the argument, what was expected and what came. Nothing is copied, nothing is cast. A sentence is only put
+// together for an error: on the way through the door nothing is allocated.
 #pragma once
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -14,10 +17,11 @@ namespace gatewise::binding {
 
 namespace py = pybind11;
 
-// One axis of an expected shape: its symbol and its size; any size will do where that is negative.
+// One axis of an expected shape: its symbol, with a factor, and its size; any size will do where that is negative.
 struct Axis {
-  std::string name;
+  const char* symbol;
   py::ssize_t size;
+  int factor = 1;
 };
 using Axes = std::initializer_list<Axis>;
 
@@ -28,45 +32,86 @@ template <> struct Element<std::int64_t> { static constexpr const char *name = "
 template <> struct Element<std::uint64_t> { static constexpr const char *name = "uint64", *formats = "LQ"; };
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
 
-// A borrowed array: holding it keeps the memory where it is. The view itself must not move either, for its shape
-// may point into it.
+// A borrowed array: holding it keeps the memory where it is. NumPy's are read as they are, which is many times
+// cheaper than the buffer protocol, through which everything else comes.
 class Array {
  public:
   Array() = default;
-  explicit Array(std::unique_ptr<Py_buffer> view) : view_(view.release()) {}
-
-  template <class T> T* data() const { return view_ ? static_cast<T*>(view_->buf) : nullptr; }
-  py::ssize_t size(int axis) const { return view_->shape[axis]; }
-  bool is(const char* formats) const {
-    const std::string format = view_->format ? view_->format : "B";
-    return format.size() == 1 && std::string(formats).find(format) != std::string::npos;
+  explicit Array(py::array array)
+      : data_(const_cast<void*>(array.data())), ndim_(int(array.ndim())), flags_(array.flags()) {
+    const py::dtype dtype = array.dtype();
+    const char order = dtype.byteorder();
+    format_ = order == '=' || order == '|' ? dtype.char_() : '\0';
+    keep_shape(array.shape());
+    owner_ = std::move(array);
   }
-  const Py_buffer& view() const { return *view_; }
+  explicit Array(std::unique_ptr<Py_buffer> view)
+      : data_(view->buf), ndim_(view->ndim), view_(view.release()) {
+    using Flags = py::detail::npy_api;
+    const char* format = view_->format ? view_->format : "B";
+    format_ = std::strlen(format) == 1 ? *format : '\0';
+    const std::uintptr_t item = std::uintptr_t(view_->itemsize ? view_->itemsize : 1);
+    flags_ = (PyBuffer_IsContiguous(view_.get(), 'C') ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
+             (reinterpret_cast<std::uintptr_t>(data_) % item == 0 ? Flags::NPY_ARRAY_ALIGNED_ : 0) |
+             (view_->readonly ? 0 : Flags::NPY_ARRAY_WRITEABLE_);
+    keep_shape(view_->shape);
+  }
+
+  template <class T> T* data() const { return static_cast<T*>(data_); }
+  int ndim() const { return ndim_; }
+  py::ssize_t size(int axis) const { return axis < kShown ? first_[axis] : shape_[axis]; }
+  bool is(const char* formats) const { return format_ != '\0' && std::strchr(formats, format_) != nullptr; }
+  bool contiguous() const { return flags_ & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_; }
+  bool aligned() const { return flags_ & py::detail::npy_api::NPY_ARRAY_ALIGNED_; }
+  bool writable() const { return flags_ & py::detail::npy_api::NPY_ARRAY_WRITEABLE_; }
+
+  std::string shape_text() const {
+    std::string text = "(";
+    for (int i = 0; i < ndim_; ++i) text += (i ? ", " : "") + std::to_string(size(i));
+    return text + (ndim_ == 1 ? ",)" : ")");
+  }
+  std::string format_text() const { return std::string("format '") + (view_ && view_->format ? view_->format : "B") + "'"; }
 
  private:
   struct Release {
     void operator()(Py_buffer* view) const { PyBuffer_Release(view), delete view; }
   };
+  static constexpr int kShown = 3;  // axes that any argument has: copied, for the caller may reshape its array
+
+  void keep_shape(const py::ssize_t* shape) {
+    shape_ = shape;
+    std::copy(shape, shape + std::min(ndim_, kShown), first_);
+  }
+
+  void* data_ = nullptr;
+  int ndim_ = 0, flags_ = 0;
+  char format_ = '\0';  // of a single number in the machine's byte order, else 0
+  py::ssize_t first_[kShown] = {};
+  const py::ssize_t* shape_ = nullptr;  // read only to describe an array that is refused
+  py::object owner_;
   std::unique_ptr<Py_buffer, Release> view_;
 };
 
-inline std::string join(const Py_buffer& view) {
-  std::string text = "(";
-  for (int i = 0; i < view.ndim; ++i) text += (i ? ", " : "") + std::to_string(view.shape[i]);
-  return text + (view.ndim == 1 ? ",)" : ")");
-}
+// What an argument must be, for the sentence that says so
+struct Expected {
+  const char* type;
+  const Axes& axes;
+  bool writable;
 
-inline std::string describe(const Axes& axes) {
-  std::string names = "(", sizes = "(";
-  bool known = axes.size() > 0;
-  for (const Axis& axis : axes) {
-    const std::string separator = &axis == axes.begin() ? "" : ", ";
-    names += separator + axis.name, sizes += separator + std::to_string(axis.size);
-    known = known && axis.size >= 0;
+  std::string text() const {
+    std::string names = "(", sizes = "(";
+    bool known = axes.size() > 0;
+    for (const Axis& axis : axes) {
+      const std::string separator = &axis == axes.begin() ? "" : ", ";
+      names += separator + (axis.factor == 1 ? "" : std::to_string(axis.factor) + "*") + axis.symbol;
+      sizes += separator + std::to_string(axis.size);
+      known = known && axis.size >= 0;
+    }
+    const std::string close = axes.size() == 1 ? ",)" : ")";
+    return std::string(type) + " " + names + close + (known ? " = " + sizes + close : "") + ", C-contiguous" +
+           (writable ? ", writable" : "");
   }
-  const std::string close = axes.size() == 1 ? ",)" : ")";
-  return names + close + (known ? " = " + sizes + close : "");
-}
+};
 
 inline std::string describe_type(py::handle object) {
   if (py::hasattr(object, "__cuda_array_interface__"))
@@ -75,53 +120,68 @@ inline std::string describe_type(py::handle object) {
   return Py_TYPE(object.ptr())->tp_name;
 }
 
-inline std::string describe_dtype(py::handle object, const Py_buffer& view) {
-  if (py::hasattr(object, "dtype")) {
-    const std::string name = py::str(object.attr("dtype"));
-    return name;
-  }
-  return std::string("format '") + (view.format ? view.format : "B") + "'";
+inline std::string describe(py::handle object, const Array& array) {
+  const std::string type =
+      py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : array.format_text();
+  return type + " " + array.shape_text();
 }
 
 [[noreturn]] inline void fail(const char* name, const std::string& expected, const std::string& got) {
   throw py::value_error(std::string(name) + ": expected " + expected + "; got " + got);
 }
 
-// Opens the array without looking at its shape or type; `expected` is what an error will ask for.
-inline Array open(py::handle object, const char* name, const std::string& expected, bool writable) {
-  if (!PyObject_CheckBuffer(object.ptr())) fail(name, expected, describe_type(object));
+// Opens the array without looking at its shape or type.
+inline Array open(py::handle object, const char* name, const Expected& expected) {
+  const bool numpy = py::isinstance<py::array>(object);
+  if (!numpy && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
   if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
-    fail(name, expected, "a masked array, whose mask would be ignored");
-  auto opened = std::make_unique<Py_buffer>();
-  if (PyObject_GetBuffer(object.ptr(), opened.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-    PyErr_Clear();
-    fail(name, expected, describe_type(object) + " that lends no buffer");
+    fail(name, expected.text(), "a masked array, whose mask would be ignored");
+  Array array;
+  if (numpy) {
+    array = Array(py::reinterpret_borrow<py::array>(object));
+  } else {
+    auto view = std::make_unique<Py_buffer>();
+    if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+      PyErr_Clear();
+      fail(name, expected.text(), describe_type(object) + " that lends no buffer");
+    }
+    array = Array(std::move(view));
   }
-  Array array(std::move(opened));
-  const Py_buffer& view = array.view();
-  const bool contiguous = PyBuffer_IsContiguous(&view, 'C'),
-             aligned =
-                 reinterpret_cast<std::uintptr_t>(view.buf) % std::uintptr_t(view.itemsize ? view.itemsize : 1) == 0;
-  if (contiguous && aligned && !(writable && view.readonly)) return array;
-  fail(name, expected,
-       describe_dtype(object, view) + " " + join(view) + (contiguous ? "" : ", not C-contiguous") +
-           (aligned ? "" : ", not aligned") + (writable && view.readonly ? ", read-only" : ""));
+  const bool refused = expected.writable && !array.writable();
+  if (array.contiguous() && array.aligned() && !refused) return array;
+  fail(name, expected.text(),
+       describe(object, array) + (array.contiguous() ? "" : ", not C-contiguous") +
+           (array.aligned() ? "" : ", not aligned") + (refused ? ", read-only" : ""));
+}
+
+// Checks type and shape of an opened array.
+template <class T> void check(const Array& array, py::handle object, const char* name, const Axes& axes,
+                              bool writable = false) {
+  bool fits = array.is(Element<T>::formats) && array.ndim() == int(axes.size());
+  for (int i = 0; fits && i < array.ndim(); ++i)
+    fits = axes.begin()[i].size < 0 || array.size(i) == axes.begin()[i].size;
+  if (!fits) fail(name, Expected{Element<T>::name, axes, writable}.text(), describe(object, array));
 }
 
 template <class T> Array borrow(py::handle object, const char* name, const Axes& axes, bool writable = false) {
-  const std::string expected =
-      std::string(Element<T>::name) + " " + describe(axes) + ", C-contiguous" + (writable ? ", writable" : "");
-  Array array = open(object, name, expected, writable);
-  const Py_buffer& view = array.view();
-  bool fits = array.is(Element<T>::formats) && view.ndim == int(axes.size());
-  for (int i = 0; fits && i < view.ndim; ++i) fits = axes.begin()[i].size < 0 || view.shape[i] == axes.begin()[i].size;
-  if (!fits) fail(name, expected, describe_dtype(object, view) + " " + join(view));
+  Array array = open(object, name, {Element<T>::name, axes, writable});
+  check<T>(array, object, name, axes, writable);
   return array;
 }
 
 // None stands for an array that is absent: zeros coming in, not wanted going out.
 template <class T> Array borrow_optional(py::handle object, const char* name, const Axes& axes, bool writable = false) {
   return object.is_none() ? Array() : borrow<T>(object, name, axes, writable);
+}
+
+// A fresh array of NumPy's, as np.empty makes it
+template <class T> py::object empty(std::initializer_list<py::ssize_t> shape) {
+  const auto& numpy = py::detail::npy_api::get();  // py::array's constructor would allocate shape and strides first
+  py::object array = py::reinterpret_steal<py::object>(
+      numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, py::dtype::of<T>().release().ptr(), int(shape.size()),
+                                  shape.begin(), nullptr, nullptr, 0, nullptr));
+  if (!array) throw py::error_already_set();
+  return array;
 }
 
 }  // namespace gatewise::binding

@@ -8,6 +8,9 @@ archs: list[tuple[str, bool]]
 cells: dict[str, dict[str, Any]]
 
 def choose_arch() -> str: ...
+def available_cores() -> int: ...
+def choose_num_threads(num_threads: Any) -> tuple[int, str]: ...  # and who said so
+def environment(name: str) -> str | None: ...  # as the C library sees it; os.environ writes to it
 def evaluate(function: str, x: Any, arch: str) -> Any: ...
 def fma_rate(arch: str, dtype: str, seconds: float) -> float: ...
 
@@ -54,6 +57,37 @@ class Problem:
     def write_rows(self, rows: Any) -> None: ...
     def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
 
+# A whole call each, arguments by position: they allocate the outputs, and lend them to the same code as `forward` and
+# `backward` below, to which the caller lends its own. `wanted`: a set of names, or None for all that the cell has.
+def run_forward(
+    cell: Any,
+    x: Any,
+    w_ih: Any,
+    w_hh: Any,
+    b_ih: Any,
+    b_hh: Any,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reverse: Any,
+    num_threads: Any,
+    training: bool,
+    ticks: Any,
+    /,
+) -> tuple[Problem, Any, Any, Any, Any, Any]: ...  # problem, y, hn, cn, saved, states
+def run_backward(
+    problem: Problem,
+    y: Any,
+    saved: Any,
+    states: Any,
+    dy: Any,
+    dhn: Any,
+    dcn: Any,
+    wanted: frozenset[str] | None,
+    num_threads: Any,
+    ticks: Any,
+    /,
+) -> tuple[Any, Any, Any, Any, Any, Any, Any]: ...
 def forward(
     problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int, ticks: Any = None
 ) -> None: ...

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import operator
-import os
 
 from . import _core
 
@@ -30,7 +28,7 @@ def choose(backend: str | None) -> str:
     """The backend of a call: its argument, else GATEWISE_BACKEND, else "cpu"."""
     name, source = backend, "backend"
     if name is None:
-        name, source = os.environ.get("GATEWISE_BACKEND") or "cpu", "GATEWISE_BACKEND"
+        name, source = _core.environment("GATEWISE_BACKEND") or "cpu", "GATEWISE_BACKEND"
     if name == "cpu":
         return name
     if name not in NAMES:
@@ -42,31 +40,10 @@ def choose(backend: str | None) -> str:
 
 def available_cores() -> int:
     """Cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-MOST_THREADS = 1024
+    return _core.available_cores()
 
 
 def choose_num_threads(num_threads: int | None) -> tuple[int, str]:
     """Threads of a call and where the number came from: the argument, else GATEWISE_NUM_THREADS, else
     OMP_NUM_THREADS, else the cores this process may use. Results are the same bits for any number."""
-    if num_threads is not None:
-        return _threads_from("num_threads", num_threads), "num_threads"
-    for variable in ("GATEWISE_NUM_THREADS", "OMP_NUM_THREADS"):
-        if text := os.environ.get(variable):
-            # OpenMP allows one number for each level of nesting; the outermost is ours
-            text = text.split(",")[0].strip() if variable == "OMP_NUM_THREADS" else text
-            return _threads_from(variable, int(text) if text.isascii() and text.isdigit() else text), variable
-    return min(available_cores(), MOST_THREADS), "cores of this process"
-
-
-def _threads_from(source: str, value: object) -> int:
-    try:
-        threads = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        threads = 0
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"{source}: expected a whole number from 1 to {MOST_THREADS}; got {value!r}")
-    return threads
+    return _core.choose_num_threads(num_threads)

@@ -44,13 +44,13 @@ class Tape:
         hn, cn: [N, H] the state at the end of each sequence; `cn` is None for a cell without c.
     """
 
-    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cell", "cn", "hn", "y")
+    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cn", "hn", "y")
 
     def __init__(
         self,
-        problem: _core.Problem,
         backend: str,
         inputs: dict[str, Any],
+        problem: _core.Problem,
         y: Array,
         hn: Array,
         cn: Array | None,
@@ -59,7 +59,6 @@ class Tape:
     ) -> None:
         self._problem = problem
         self._inputs = inputs  # for the reference; the problem holds them for the kernels
-        self.cell = problem.cell
         self.backend = backend
         self.y, self.hn, self.cn = y, hn, cn
         self._saved, self._states = saved, states
@@ -67,6 +66,10 @@ class Tape:
     def __repr__(self) -> str:
         p = self._problem
         return f"Tape({self.cell}:T{p.T},N{p.N},I{p.I},H{p.H}, backend={self.backend!r}, nbytes={self.nbytes})"
+
+    @property
+    def cell(self) -> str:
+        return self._problem.cell
 
     @property
     def nbytes(self) -> int:
@@ -175,26 +178,21 @@ def _forward(
 ) -> Tape:
     """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add (see _core.pyi)."""
     name = choose(backend)
-    threads, _ = choose_num_threads(num_threads)
+    if name == "cpu":
+        run = _core.run_forward(
+            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks
+        )
+        return Tape(name, {}, *run)
+    from . import reference
+
+    choose_num_threads(num_threads)  # no use for it here, but it must be one
     p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    if name == "reference":
-        from . import reference
-
-        inputs: dict[str, Any] = {
-            "x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "h0": h0, "c0": c0,
-            "lengths": None if lengths is None else lengths.copy(), "reverse": reverse,
-        }  # fmt: skip
-        out = reference.forward(cell, **inputs)
-        return Tape(p, name, inputs, *out[:3], *(out[3:] if training else (None, None)))
-
-    state = (p.N, p.H)
-    y, hn = np.empty((p.T, *state), p.dtype), np.empty(state, p.dtype)
-    cn = np.empty(state, p.dtype) if p.has_c else None
-    saved_size, states_size, scratch_size, _ = p.sizes
-    saved = np.empty(saved_size, p.dtype) if training else None
-    states = np.empty(states_size, p.dtype) if training and p.has_c else None
-    _core.forward(p, y, hn, cn, saved, states, np.empty(scratch_size, np.uint8), threads, *([] if ticks is None else [ticks]))
-    return Tape(p, name, {}, y, hn, cn, saved, states)
+    inputs: dict[str, Any] = {
+        "x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "h0": h0, "c0": c0,
+        "lengths": None if lengths is None else lengths.copy(), "reverse": reverse,
+    }  # fmt: skip
+    out = reference.forward(cell, **inputs)
+    return Tape(name, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
 
 
 def backward(
@@ -235,25 +233,16 @@ def _backward(
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
     saved = tape._need_saved()
     p = tape._problem
-    names = _wanted(wanted, p.has_c)
-    threads, _ = choose_num_threads(num_threads)
-    if tape.backend == "reference":
-        from . import reference
+    names = None if wanted is None else _wanted(wanted, p.has_c)
+    if tape.backend == "cpu":
+        return Gradients(*_core.run_backward(p, tape.y, saved, tape._states, dy, dhn, dcn, names, num_threads, ticks))
+    from . import reference
 
-        p.check_incoming(dy, dhn, dcn)
-        given: dict[str, Any] = {"y": tape.y, "saved": saved, "states": tape._states, "dy": dy, "dhn": dhn, "dcn": dcn}
-        return Gradients(**reference.backward(p.cell, **tape._inputs, **given, wanted=names))
-
-    rows, state = p.G * p.H, (p.N, p.H)
-    shapes = {
-        "dx": (p.T, p.N, p.I), "dh0": state, "dc0": state,
-        "dw_ih": (rows, p.I), "dw_hh": (rows, p.H), "db_ih": (rows,), "db_hh": (rows,),
-    }  # fmt: skip
-    # The kernels add to weight gradients and overwrite the others.
-    out = Gradients(**{name: (np.zeros if name[1] in "wb" else np.empty)(shapes[name], p.dtype) for name in names})
-    scratch = np.empty(p.sizes[3], np.uint8)
-    _core.backward(p, tape.y, saved, tape._states, dy, dhn, dcn, *out, scratch, threads, *([] if ticks is None else [ticks]))
-    return out
+    choose_num_threads(num_threads)
+    p.check_incoming(dy, dhn, dcn)
+    given: dict[str, Any] = {"y": tape.y, "saved": saved, "states": tape._states, "dy": dy, "dhn": dhn, "dcn": dcn}
+    every = names if names is not None else _wanted(Gradients._fields, True) - ({"dc0"} if not p.has_c else set())
+    return Gradients(**reference.backward(p.cell, **tape._inputs, **given, wanted=every))
 
 
 def _wanted(wanted: Iterable[str] | None, has_c: bool) -> frozenset[str]:
