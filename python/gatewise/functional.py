@@ -44,10 +44,11 @@ class Tape:
         hn, cn: [N, H] the state at the end of each sequence; `cn` is None for a cell without c.
     """
 
-    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cn", "hn", "y")
+    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cell", "cn", "hn", "y")
 
     def __init__(
         self,
+        cell: str,
         backend: str,
         inputs: dict[str, Any],
         problem: _core.Problem,
@@ -59,17 +60,13 @@ class Tape:
     ) -> None:
         self._problem = problem
         self._inputs = inputs  # for the reference; the problem holds them for the kernels
-        self.backend = backend
+        self.cell, self.backend = cell, backend
         self.y, self.hn, self.cn = y, hn, cn
         self._saved, self._states = saved, states
 
     def __repr__(self) -> str:
         p = self._problem
         return f"Tape({self.cell}:T{p.T},N{p.N},I{p.I},H{p.H}, backend={self.backend!r}, nbytes={self.nbytes})"
-
-    @property
-    def cell(self) -> str:
-        return self._problem.cell
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +179,7 @@ def _forward(
         run = _core.run_forward(
             cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks
         )
-        return Tape(name, {}, *run)
+        return Tape(cell, name, {}, *run)
     from . import reference
 
     choose_num_threads(num_threads)  # no use for it here, but it must be one
@@ -192,7 +189,7 @@ def _forward(
         "lengths": None if lengths is None else lengths.copy(), "reverse": reverse,
     }  # fmt: skip
     out = reference.forward(cell, **inputs)
-    return Tape(name, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
+    return Tape(cell, name, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
 
 
 def backward(
@@ -272,10 +269,7 @@ def lstm_forward(
     num_threads: int | None = None,
 ) -> Tape:
     """Forward pass of an LSTM, kept for `lstm_backward`. Arguments as in `forward`; 4*H weight rows, gates i f g o."""
-    return forward(
-        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
-    )  # fmt: skip
+    return _forward("lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads)
 
 
 def gru_forward(
@@ -292,10 +286,7 @@ def gru_forward(
     num_threads: int | None = None,
 ) -> Tape:
     """Forward pass of a GRU, kept for `gru_backward`. Arguments as in `forward`; 3*H weight rows, gates r z n."""
-    return forward(
-        "gru", x, w_ih, w_hh, b_ih, b_hh, h0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
-    )  # fmt: skip
+    return _forward("gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads)
 
 
 def rnn_forward(
@@ -313,10 +304,7 @@ def rnn_forward(
     num_threads: int | None = None,
 ) -> Tape:
     """Forward pass of a plain RNN, kept for `rnn_backward`. Arguments as in `forward`; H weight rows."""
-    return forward(
-        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads,
-    )  # fmt: skip
+    return _forward(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads)
 
 
 def rnn_cell(nonlinearity: str) -> str:
@@ -336,7 +324,7 @@ def lstm_backward(
     num_threads: int | None = None,
 ) -> Gradients:
     """Gradients of `lstm_forward`; arguments as in `backward`."""
-    return backward(_tape_of(tape, "lstm"), dy, dhn, dcn, wanted=wanted, num_threads=num_threads)
+    return _backward(_tape_of(tape, "lstm"), dy, dhn, dcn, wanted, num_threads)
 
 
 def gru_backward(
@@ -348,7 +336,7 @@ def gru_backward(
     num_threads: int | None = None,
 ) -> Gradients:
     """Gradients of `gru_forward`; arguments as in `backward`."""
-    return backward(_tape_of(tape, "gru"), dy, dhn, wanted=wanted, num_threads=num_threads)
+    return _backward(_tape_of(tape, "gru"), dy, dhn, None, wanted, num_threads)
 
 
 def rnn_backward(
@@ -360,11 +348,11 @@ def rnn_backward(
     num_threads: int | None = None,
 ) -> Gradients:
     """Gradients of `rnn_forward`; arguments as in `backward`."""
-    return backward(_tape_of(tape, "rnn"), dy, dhn, wanted=wanted, num_threads=num_threads)
+    return _backward(_tape_of(tape, "rnn"), dy, dhn, None, wanted, num_threads)
 
 
 def _tape_of(tape: Tape, layer: str) -> Tape:
-    if isinstance(tape, Tape) and tape.cell.split("_")[0] != layer:
+    if isinstance(tape, Tape) and tape.cell != layer and tape.cell.split("_")[0] != layer:
         raise ValueError(f"tape: expected the tape of a {layer} forward pass; got that of cell {tape.cell!r}")
     return tape
 
@@ -384,10 +372,9 @@ def lstm(
     num_threads: int | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """An LSTM without a tape: y [T, N, H], (hn, cn) [N, H] each. Arguments as in `forward`; gates i f g o."""
-    tape = forward(
-        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
-    )  # fmt: skip
+    tape = _forward(
+        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False
+    )
     assert tape.cn is not None
     return tape.y, (tape.hn, tape.cn)
 
@@ -406,10 +393,9 @@ def gru(
     num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`; gates r z n."""
-    tape = forward(
-        "gru", x, w_ih, w_hh, b_ih, b_hh, h0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
-    )  # fmt: skip
+    tape = _forward(
+        "gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False
+    )
     return tape.y, tape.hn
 
 
@@ -428,8 +414,7 @@ def rnn(
     num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`."""
-    tape = forward(
-        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0,
-        lengths=lengths, reverse=reverse, backend=backend, num_threads=num_threads, training=False,
-    )  # fmt: skip
+    tape = _forward(
+        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False
+    )
     return tape.y, tape.hn
