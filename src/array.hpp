@@ -45,8 +45,7 @@ class Array {
     keep_shape(array.shape());
     owner_ = std::move(array);
   }
-  explicit Array(std::unique_ptr<Py_buffer> view)
-      : data_(view->buf), ndim_(view->ndim), view_(view.release()) {
+  explicit Array(std::unique_ptr<Py_buffer> view) : data_(view->buf), ndim_(view->ndim), view_(view.release()) {
     using Flags = py::detail::npy_api;
     const char* format = view_->format ? view_->format : "B";
     format_ = std::strlen(format) == 1 ? *format : '\0';
@@ -70,7 +69,9 @@ class Array {
     for (int i = 0; i < ndim_; ++i) text += (i ? ", " : "") + std::to_string(size(i));
     return text + (ndim_ == 1 ? ",)" : ")");
   }
-  std::string format_text() const { return std::string("format '") + (view_ && view_->format ? view_->format : "B") + "'"; }
+  std::string format_text() const {
+    return std::string("format '") + (view_ && view_->format ? view_->format : "B") + "'";
+  }
 
  private:
   struct Release {
@@ -155,8 +156,8 @@ inline Array open(py::handle object, const char* name, const Expected& expected)
 }
 
 // Checks type and shape of an opened array.
-template <class T> void check(const Array& array, py::handle object, const char* name, const Axes& axes,
-                              bool writable = false) {
+template <class T>
+void check(const Array& array, py::handle object, const char* name, const Axes& axes, bool writable = false) {
   bool fits = array.is(Element<T>::formats) && array.ndim() == int(axes.size());
   for (int i = 0; fits && i < array.ndim(); ++i)
     fits = axes.begin()[i].size < 0 || array.size(i) == axes.begin()[i].size;

@@ -6,8 +6,10 @@
 #include <chrono>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "problem.hpp"
+#include "stream.hpp"
 
 namespace gatewise::binding { namespace {
 
@@ -83,26 +85,24 @@ int threads_for(const LayerProblem& p, const Threads& threads) {
 }
 
 template <class T> void forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
-                                    py::handle states, void* scratch, int threads, py::handle ticks) {
+                                py::handle states, void* scratch, int threads, py::handle ticks) {
   const Shapes<T> s{p};
   const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
               cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
-              states_ = s.buffer(states, "states", p.sizes.states, true),
-              ticks_ = borrow_ticks(ticks);
+              states_ = s.buffer(states, "states", p.sizes.states, true), ticks_ = borrow_ticks(ticks);
   require(cn, "cn", has_c, kNoC);
   require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
-  const Forward<T> call{p.problem<T>(),   y_.data<T>(),      hn_.data<T>(),         cn_.data<T>(),
-                        saved_.data<T>(), states_.data<T>(), scratch, threads,
-                        nullptr,          ticks_of(ticks_)};
+  const Forward<T> call{p.problem<T>(),    y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(),
+                        states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
   p.cell<T>().forward(call);
 }
 
 template <class T> void backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
-                                     py::handle dy, py::handle dhn, py::handle dcn, py::handle dx, py::handle dh0,
-                                     py::handle dc0, py::handle dw_ih, py::handle dw_hh, py::handle db_ih,
-                                     py::handle db_hh, void* scratch, int threads, py::handle ticks) {
+                                 py::handle dy, py::handle dhn, py::handle dcn, py::handle dx, py::handle dh0,
+                                 py::handle dc0, py::handle dw_ih, py::handle dw_hh, py::handle db_ih, py::handle db_hh,
+                                 void* scratch, int threads, py::handle ticks) {
   const Shapes<T> s{p};
   const bool has_c = p.kernels.info.has_c;
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, false),
@@ -111,15 +111,27 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
               dx_ = s.out(dx, "dx", {s.T_, s.N_, s.I_}), dh0_ = s.out(dh0, "dh0", {s.N_, s.H_}),
               dc0_ = s.out(dc0, "dc0", {s.N_, s.H_}), dw_ih_ = s.out(dw_ih, "dw_ih", {s.G_, s.I_}),
               dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.H_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
-              db_hh_ = s.out(db_hh, "db_hh", {s.G_}),
-              ticks_ = borrow_ticks(ticks);
+              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), ticks_ = borrow_ticks(ticks);
   require(saved, "saved", true, kNoTape);
   require(states, "states", has_c, kNoC);
   if (!has_c) require(dcn, "dcn", false, kNoC), require(dc0, "dc0", false, kNoC);
-  const Backward<T> call{p.problem<T>(),      y_.data<const T>(),   saved_.data<const T>(), states_.data<const T>(),
-                         dy_.data<const T>(), dhn_.data<const T>(), dcn_.data<const T>(),   dx_.data<T>(),
-                         dh0_.data<T>(),      dc0_.data<T>(),       dw_ih_.data<T>(),       dw_hh_.data<T>(),
-                         db_ih_.data<T>(),    db_hh_.data<T>(),     scratch, threads, ticks_of(ticks_)};
+  const Backward<T> call{p.problem<T>(),
+                         y_.data<const T>(),
+                         saved_.data<const T>(),
+                         states_.data<const T>(),
+                         dy_.data<const T>(),
+                         dhn_.data<const T>(),
+                         dcn_.data<const T>(),
+                         dx_.data<T>(),
+                         dh0_.data<T>(),
+                         dc0_.data<T>(),
+                         dw_ih_.data<T>(),
+                         dw_hh_.data<T>(),
+                         db_ih_.data<T>(),
+                         db_hh_.data<T>(),
+                         scratch,
+                         threads,
+                         ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
   p.cell<T>().backward(call);
 }
@@ -282,8 +294,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         return py::make_tuple(threads.count(), threads.source);
       },
       py::arg("num_threads"));
-  m.def(
-      "environment", [](const char* name) { return std::getenv(name); }, py::arg("name"));
+  m.def("environment", [](const char* name) { return std::getenv(name); }, py::arg("name"));
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
 
   m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
@@ -324,6 +335,16 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
           },
           py::arg("dy"), py::arg("dhn"), py::arg("dcn"));
 
+  py::class_<Stream>(m, "Stream")
+      .def(py::init([](py::sequence problems, py::handle num_threads) {
+             std::vector<const LayerProblem*> layers;
+             for (py::handle problem : problems) layers.push_back(&problem.cast<const LayerProblem&>());
+             return std::make_unique<Stream>(layers, num_threads);
+           }),
+           py::arg("problems"), py::arg("num_threads"))
+      .def("step", &Stream::step, "x [N, I] -> y [N, H], the same array every time; the next step overwrites it.")
+      .def("copy_state", &Stream::state)
+      .def("set_state", &Stream::reset);
   m.def("run_forward", &run_forward);
   m.def("run_backward", &run_backward);
   m.def(

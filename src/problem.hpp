@@ -141,9 +141,7 @@ class LayerProblem {
     else return kernels.f64;
   }
   // Calls f with a value of the problem's element type.
-  template <class F> auto typed(F f) const -> decltype(f(float())) {
-    return is_double ? f(double()) : f(float());
-  }
+  template <class F> auto typed(F f) const -> decltype(f(float())) { return is_double ? f(double()) : f(float()); }
 
   Index count_rows() const {
     if (!has_lengths_) return dims.T * dims.N;

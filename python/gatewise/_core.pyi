@@ -57,6 +57,13 @@ class Problem:
     def write_rows(self, rows: Any) -> None: ...
     def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
 
+# Layers fed one step at a time, on one Problem of one step for each: see gatewise.layers.Stream.
+class Stream:
+    def __init__(self, problems: list[Problem], num_threads: Any) -> None: ...
+    def step(self, x: Any, /) -> Any: ...
+    def copy_state(self) -> tuple[Any, Any]: ...  # h, c [L, N, H]
+    def set_state(self, h: Any, c: Any, /) -> None: ...  # None for zeros
+
 # A whole call each, arguments by position: they allocate the outputs, and lend them to the same code as `forward` and
 # `backward` below, to which the caller lends its own. `wanted`: a set of names, or None for all that the cell has.
 def run_forward(

@@ -176,9 +176,7 @@ def _forward(
     """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add (see _core.pyi)."""
     name = choose(backend)
     if name == "cpu":
-        run = _core.run_forward(
-            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks
-        )
+        run = _core.run_forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks)
         return Tape(cell, name, {}, *run)
     from . import reference
 
@@ -372,9 +370,7 @@ def lstm(
     num_threads: int | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """An LSTM without a tape: y [T, N, H], (hn, cn) [N, H] each. Arguments as in `forward`; gates i f g o."""
-    tape = _forward(
-        "lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False
-    )
+    tape = _forward("lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False)
     assert tape.cn is not None
     return tape.y, (tape.hn, tape.cn)
 
@@ -393,9 +389,7 @@ def gru(
     num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`; gates r z n."""
-    tape = _forward(
-        "gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False
-    )
+    tape = _forward("gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False)
     return tape.y, tape.hn
 
 

@@ -1,7 +1,7 @@
 """Recurrent layers that hold their weights, under torch.nn's names: RNN, LSTM, GRU.
 
 No mathematics of a cell lives here: every (layer, direction) pair is one call of `functional.forward`, and
-this file is what lies between those calls - names, stacking, both directions, dropout, files. L layers, D
+this file is what lies between those calls - names, stacking, both directions, dropout, files, streams. L layers, D
 directions, T time steps, N batch, I input size, H hidden size, G gates.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core, functional
+from .backends import choose
 
 Array = NDArray[Any]
 State = Union[Array, "tuple[Array | None, Array | None]"]
@@ -249,6 +250,26 @@ class Layer:
         final = self._join([run.hn for run in flat], [run.cn for run in flat])
         return self._swap(sequence), final, LayerTape(runs, masks) if training else None
 
+    def stream(self, batch_size: int = 1) -> Stream:
+        """A session that is fed one step at a time, with the weights as they are now; see `Stream`.
+
+        Args:
+            batch_size: N, how many sequences advance side by side.
+
+        Raises:
+            ValueError: the layer is bidirectional, or runs on another backend than "cpu".
+        """
+        if not (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
+            raise ValueError(f"batch_size: expected an integer of 1 or more; got {batch_size!r}")
+        if self.bidirectional:
+            raise ValueError(
+                "stream: expected a layer of one direction; got bidirectional=True, whose second direction would have "
+                "to start at the end of a sequence that is still going on"
+            )
+        if (backend := choose(self.backend)) != "cpu":
+            raise ValueError(f"stream: expected the backend 'cpu', whose kernels hold packed weights; got {backend!r}")
+        return Stream(self, int(batch_size))
+
     def backward(
         self,
         tape: LayerTape,
@@ -334,20 +355,7 @@ class Layer:
         return dy
 
     def _split(self, state: State | None, name: str) -> tuple[Array | None, Array | None]:
-        """A state in torch's form as (h, c); the kernels' own door checks N, H and dtype."""
-        if state is None:
-            return None, None
-        if self.has_c != isinstance(state, (tuple, list)) or (self.has_c and len(state) != 2):
-            form = "a pair (h, c)" if self.has_c else "one array h"
-            got = f"{len(state)} of them" if isinstance(state, (tuple, list)) else type(state).__name__
-            raise ValueError(f"{name}: expected {form}, each (L*D, N, H); got {got}")
-        h, c = state if isinstance(state, (tuple, list)) else (state, None)
-        count = self.num_layers * self.directions
-        for part, value in (("h", h), ("c", c)):
-            if value is not None and (np.ndim(value) != 3 or len(value) != count):
-                expected = f"{part} of shape (L*D, N, H) with L*D = {count}"
-                raise ValueError(f"{name}: expected {expected}; got {np.shape(value)}")
-        return h, c
+        return _split(state, name, self.has_c, self.num_layers * self.directions)
 
     def _join(self, h: list[Any], c: list[Any]) -> State:
         return (np.stack(h), np.stack(c)) if self.has_c else np.stack(h)
@@ -395,6 +403,42 @@ class GRU(Layer):
         super().__init__("gru", input_size, hidden_size, num_layers, **options)
 
 
+class Stream(_core.Stream):
+    """A layer fed one step at a time: `y_t = stream.step(x_t)` computes, to the bit, what `Layer.forward` computes
+    of one more step, for a fraction of the cost of a call. `Layer.stream` makes it.
+
+    It is a snapshot: weights are packed when it is made, on the arch and with the threads of that moment, and what
+    is done to the layer afterwards does not reach it; make another stream. Nothing is dropped out. A step allocates
+    nothing: it takes x [N, I], C-contiguous and of the layer's dtype, and returns y [N, H] of the top layer in an
+    array that is the same for every step, and that the next step overwrites. It may be given to that step as its x.
+
+    The state starts at zero. One thread at a time may use a stream.
+    """
+
+    def __init__(self, layer: Layer, batch_size: int) -> None:
+        self._has_c, self._layers = layer.has_c, layer.num_layers
+        problems = []
+        for k in range(layer.num_layers):
+            weights = layer._weights(k, 0)
+            x = np.zeros((1, batch_size, weights["w_ih"].shape[1]), layer.dtype)
+            problems.append(_core.Problem(layer.cell, x, **weights, h0=None, c0=None, lengths=None, reverse=False))
+        super().__init__(problems, layer.num_threads)
+
+    @property
+    def state(self) -> State:
+        """A copy of the state after the last step: h [L, N, H], for a cell with c the pair (h, c). Assign to set it."""
+        h, c = self.copy_state()
+        return (h, c) if self._has_c else h
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.reset(state)
+
+    def reset(self, state: State | None = None) -> None:
+        """Start from this state, in the form of `state`, or from zeros."""
+        self.set_state(*_split(state, "state", self._has_c, self._layers))
+
+
 def dropout_mask(random: np.random.Generator, shape: tuple[int, ...], p: float, dtype: DTypeLike) -> Array:
     """0 with probability p, else 1/(1-p): an array times this mask has the array as its expectation."""
     kept = random.random(shape, dtype=np.float32) >= p
@@ -408,6 +452,22 @@ def _name(kind: str, layer: int, direction: int) -> str:
 def _layer_of(name: str) -> int:
     """The lowest layer that has to be walked for this gradient."""
     return 0 if name in ("x", "state") else int(name.split("_l")[1].split("_")[0])
+
+
+def _split(state: State | None, name: str, has_c: bool, count: int) -> tuple[Array | None, Array | None]:
+    """A state in torch's form as (h, c), `count` = L*D of each; the kernels' own door checks N, H and dtype."""
+    if state is None:
+        return None, None
+    if has_c != isinstance(state, (tuple, list)) or (has_c and len(state) != 2):
+        form = "a pair (h, c)" if has_c else "one array h"
+        got = f"{len(state)} of them" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise ValueError(f"{name}: expected {form}, each (L*D, N, H); got {got}")
+    h, c = state if isinstance(state, (tuple, list)) else (state, None)
+    for part, value in (("h", h), ("c", c)):
+        if value is not None and (np.ndim(value) != 3 or len(value) != count):
+            expected = f"{part} of shape (L*D, N, H) with L*D = {count}"
+            raise ValueError(f"{name}: expected {expected}; got {np.shape(value)}")
+    return h, c
 
 
 def _pick(states: Array | None, k: int) -> Array | None:

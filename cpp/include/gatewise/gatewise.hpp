@@ -49,7 +49,7 @@ template <class T> struct Forward {
   T* states;      // the tape's cell states; null when saved is
   void* scratch;  // Sizes::forward_scratch bytes
   int threads;
-  const void* packed = nullptr;  // what pack() made of these weights on this arch, or null: packed for this call
+  const void* packed = nullptr;  // what pack() made of the weights on this arch, which then are not read, or null
   Ticks* ticks = nullptr;        // or null: not measured
 };
 
