@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "packed.hpp"
 #include "problem.hpp"
 #include "stream.hpp"
 
@@ -85,7 +86,7 @@ int threads_for(const LayerProblem& p, const Threads& threads) {
 }
 
 template <class T> void forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
-                                py::handle states, void* scratch, int threads, py::handle ticks) {
+                                py::handle states, void* scratch, int threads, py::handle ticks, PackedWeights* kept) {
   const Shapes<T> s{p};
   const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
@@ -93,9 +94,11 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
               states_ = s.buffer(states, "states", p.sizes.states, true), ticks_ = borrow_ticks(ticks);
   require(cn, "cn", has_c, kNoC);
   require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
-  const Forward<T> call{p.problem<T>(),    y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(),
-                        states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
+  Forward<T> call{p.problem<T>(),    y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(),
+                  states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
+  std::shared_ptr<const PackedWeights::Packed> packed;
+  if (kept) packed = kept->of<T>(p), call.packed = packed->packed.get();
   p.cell<T>().forward(call);
 }
 
@@ -136,10 +139,11 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
   p.cell<T>().backward(call);
 }
 
-// (problem, y, hn, cn, saved, states): the last three None where there is none
+// (problem, y, hn, cn, saved, states): the last three None where there is none. kept: where the weights may be found
+// packed, or null
 py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
                       py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle num_threads,
-                      bool training, py::handle ticks) {
+                      bool training, py::handle ticks, PackedWeights* kept) {
   const Threads threads = choose_threads(num_threads);
   auto problem = std::make_unique<LayerProblem>(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse);
   const LayerProblem& p = *problem;
@@ -152,7 +156,8 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
     const py::object saved = training ? empty<E>({py::ssize_t(p.sizes.saved)}) : py::none();
     const py::object states = training && has_c ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
-    forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks);
+    forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks,
+               kept && PackedWeights::pays(p) ? kept : nullptr);
     return py::make_tuple(py::cast(std::move(problem)), y, hn, cn, saved, states);
   };
   return p.typed(run);
@@ -335,6 +340,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
           },
           py::arg("dy"), py::arg("dhn"), py::arg("dcn"));
 
+  py::class_<PackedWeights>(m, "PackedWeights")
+      .def(py::init<>())
+      .def_property_readonly("count", &PackedWeights::count)
+      .def(py::pickle([](const PackedWeights&) { return py::tuple(); },  // they are made again when they are needed
+                      [](const py::tuple&) { return std::make_unique<PackedWeights>(); }));
   py::class_<Stream>(m, "Stream")
       .def(py::init([](py::sequence problems, py::handle num_threads) {
              std::vector<const LayerProblem*> layers;
@@ -354,7 +364,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         const Array lent = borrow_scratch(scratch, p.sizes.forward_scratch);
         check_threads(threads);
         p.typed([&](auto zero) {
-          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data<void>(), threads, ticks);
+          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data<void>(), threads, ticks, nullptr);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "problem.hpp"
+#include "packed.hpp"
 
 namespace gatewise::binding {
 
@@ -26,8 +26,7 @@ template <class T> class Steps final : public AnySteps {
         threads_(threads), y_(empty<T>({N, H})), inner_y_(std::size_t(N * H)) {
     std::size_t scratch = 0;
     for (const LayerProblem* p : problems) {
-      layers_.push_back({&p->cell<T>(), p->dims.I, std::unique_ptr<char[]>(new char[p->sizes.packed])});
-      layers_.back().kernels->pack(p->problem<T>(), layers_.back().packed.get());
+      layers_.push_back({&p->cell<T>(), p->dims.I, pack<T>(*p, p->problem<T>())});
       scratch = std::max(scratch, p->sizes.forward_scratch);
     }
     scratch_.reset(new char[scratch]);

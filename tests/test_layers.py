@@ -1,5 +1,9 @@
 """Layers against torch.nn in float64: outputs, states, every gradient, packed sequences, names, files."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -197,6 +201,105 @@ def test_gradients_with_dropout_are_those_of_the_masked_network():
 
 def test_without_training_there_is_no_tape():
     assert LSTM(I, H).forward(np.zeros((T, N, I), np.float32), training=False)[2] is None
+
+
+def without_memory(layer, x, lengths=None):
+    """The layer's outputs, computed by one that has never run before."""
+    fresh = Layer(layer.cell, I, H, layer.num_layers, bias=layer.bias, bidirectional=layer.bidirectional,
+                  dtype=layer.dtype)  # fmt: skip
+    fresh.load_state_dict(layer.state_dict())
+    return fresh.forward(x, lengths=lengths, training=False)
+
+
+def times_packed(layer):
+    return [packed.count for packed in layer._packed]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("cell", gw.cells())
+def test_packed_weights_are_kept_but_never_stale(cell, dtype, arch, monkeypatch):
+    """Whatever is done to whichever weight in whatever way, the next call sees it; without it, nothing is packed."""
+    layer = Layer(cell, I, H, 2, bidirectional=True, dtype=dtype, random_state=0)
+    x = numbers((T, N, I), 1).astype(dtype)
+    expected = [1, 1, 1, 1]
+
+    def check(changed=()):
+        for k in changed:
+            expected[k] += 1
+        for _ in range(2):
+            (y, state, _), (other_y, other_state, _) = layer.forward(x, training=False), without_memory(layer, x)
+            np.testing.assert_array_equal(y, other_y)
+            for mine, other in zip(as_tuple(state), as_tuple(other_state)):
+                np.testing.assert_array_equal(mine, other)
+        assert times_packed(layer) == expected
+
+    check()
+    for name, weight in layer.parameters.items():
+        k = 2 * ("_l1" in name) + name.endswith("_reverse")
+        weight.reshape(-1)[-1] += 1  # one element, through a view
+        check([k])
+        weight[...] = weight  # the same numbers
+        check()
+        weight[(0,) * weight.ndim] = 0.0
+        check([k])
+        weight[(0,) * weight.ndim] = -0.0  # another number than 0.0, if equal
+        check([k])
+    kept = layer.state_dict()
+    layer.load_state_dict({name: 2 * value for name, value in kept.items()})
+    check(range(4))
+    layer.load_state_dict(kept)
+    check(range(4))
+    for _ in range(2):
+        with monkeypatch.context() as patch:  # another arch has another layout
+            patch.setenv("GATEWISE_ARCH", "generic")
+            check(range(4) if arch != "generic" else [])
+        check(range(4) if arch != "generic" else [])
+    layer.forward(x)  # training keeps nothing
+    check()
+    layer.parameters["weight_ih_l0"][0, 0] = np.nan
+    check([0])
+
+
+def test_a_bias_is_part_of_what_is_packed():
+    """With and without, on the same packed weights: what a subclass may do with a layer's own parameters."""
+    layer, x = GRU(I, H, dtype=np.float64, random_state=0), numbers((T, N, I), 1)
+    whole = layer.forward(x, training=False)[0]
+    kept = {name: layer._parameters.pop(name) for name in ("bias_ih_l0", "bias_hh_l0")}
+    plain = GRU(I, H, bias=False, dtype=np.float64)
+    plain.load_state_dict(layer._parameters)
+    np.testing.assert_array_equal(layer.forward(x, training=False)[0], plain.forward(x, training=False)[0])
+    layer._parameters.update(kept)
+    np.testing.assert_array_equal(layer.forward(x, training=False)[0], whole)
+
+
+def test_packed_weights_of_a_layer_that_several_threads_use_and_one_changes():
+    """Every result is that of weights which the layer had; an old one never comes after the change."""
+    layer, x = LSTM(I, 64, random_state=0), numbers((T, N, I), 1).astype(np.float32)
+    values = [1.0, 2.0, 3.0]
+    bias, results = layer.parameters["bias_ih_l0"], []
+    for value in values:
+        bias[7] = value
+        results.append(layer.forward(x, training=False)[0].tobytes())
+    with ThreadPoolExecutor(4) as pool:
+        for value, result in zip(values * 20, results * 20):
+            bias[7] = value
+            others = [pool.submit(lambda: layer.forward(x, training=False)[0].tobytes()) for _ in range(6)]
+            assert {other.result() for other in others} == {result}
+        others = [pool.submit(lambda: layer.forward(x, training=False)[0].tobytes()) for _ in range(300)]
+        for value in values * 50:
+            bias[7] = value
+        assert {other.result() for other in others} <= set(results)
+
+
+@pytest.mark.parametrize("copy", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_runs_on_its_own_weights(copy):
+    layer, x = LSTM(I, H, dtype=np.float64, random_state=0), numbers((T, N, I), 1)
+    before = layer.forward(x, training=False)[0]
+    other = copy(layer)
+    np.testing.assert_array_equal(other.forward(x, training=False)[0], before)
+    other._parameters = {name: 2 * value for name, value in other.parameters.items()}
+    np.testing.assert_array_equal(other.forward(x, training=False)[0], without_memory(other, x)[0])
+    np.testing.assert_array_equal(layer.forward(x, training=False)[0], before)
 
 
 @pytest.mark.parametrize("arguments, sentence", [

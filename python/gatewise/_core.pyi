@@ -57,6 +57,11 @@ class Problem:
     def write_rows(self, rows: Any) -> None: ...
     def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
 
+# Weights that stay packed from call to call, and are compared with those of every call: they cannot go stale.
+class PackedWeights:
+    @property
+    def count(self) -> int: ...  # how many times they had to be packed
+
 # Layers fed one step at a time, on one Problem of one step for each: see gatewise.layers.Stream.
 class Stream:
     def __init__(self, problems: list[Problem], num_threads: Any) -> None: ...
@@ -80,6 +85,7 @@ def run_forward(
     num_threads: Any,
     training: bool,
     ticks: Any,
+    packed: PackedWeights | None,
     /,
 ) -> tuple[Problem, Any, Any, Any, Any, Any]: ...  # problem, y, hn, cn, saved, states
 def run_backward(

@@ -172,11 +172,15 @@ def _forward(
     num_threads: int | None = None,
     training: bool = True,
     ticks: NDArray[np.uint64] | None = None,
+    packed: _core.PackedWeights | None = None,
 ) -> Tape:
-    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add (see _core.pyi)."""
+    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add; `packed` is where a layer
+    keeps its packed weights (see _core.pyi)."""
     name = choose(backend)
     if name == "cpu":
-        run = _core.run_forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks)
+        run = _core.run_forward(
+            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed
+        )
         return Tape(cell, name, {}, *run)
     from . import reference
 

@@ -103,6 +103,7 @@ class Layer:
         self.random = np.random.default_rng(random_state)
         self._gates, self.has_c = known[cell]["G"], known[cell]["has_c"]
         self._parameters = {name: self._uniform(shape) for name, shape in self._shapes()}
+        self._packed = [_core.PackedWeights() for _ in range(self.num_layers * self.directions)]
 
     # -- weights -------------------------------------------------------------------------------------------
 
@@ -235,14 +236,13 @@ class Layer:
             if (mask := masks[layer]) is not None:
                 sequence = sequence * mask
             runs.append([
-                functional.forward(
-                    self.cell, sequence, **self._weights(layer, direction),
-                    h0=_pick(h0, layer * self.directions + direction),
-                    c0=_pick(c0, layer * self.directions + direction),
+                functional._forward(
+                    self.cell, sequence, **self._weights(layer, direction), h0=_pick(h0, k), c0=_pick(c0, k),
                     lengths=lengths, reverse=bool(direction),
                     backend=self.backend, num_threads=self.num_threads, training=training,
+                    packed=None if training else self._packed[k],  # in training they change at every step
                 )
-                for direction in range(self.directions)
+                for direction, k in enumerate(range(layer * self.directions, (layer + 1) * self.directions))
             ])  # fmt: skip
             outputs = [run.y for run in runs[layer]]
             sequence = outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=2)
@@ -324,7 +324,11 @@ class Layer:
 
     def _weights(self, layer: int, direction: int) -> dict[str, Any]:
         """The arguments of `functional.forward`: w_ih, w_hh, b_ih, b_hh, the biases None without `bias`."""
-        return {_FIELDS[kind][1:]: self._parameters.get(_name(kind, layer, direction)) for kind in _FIELDS}
+        get, end = self._parameters.get, _name("", layer, direction)
+        return {
+            "w_ih": get("weight_ih" + end), "w_hh": get("weight_hh" + end),
+            "b_ih": get("bias_ih" + end), "b_hh": get("bias_hh" + end),
+        }  # fmt: skip
 
     def _swap(self, a: Array) -> Array:
         """From the caller's order of T and N to the kernels', or back, as a fresh array if they differ."""
@@ -358,7 +362,7 @@ class Layer:
         return _split(state, name, self.has_c, self.num_layers * self.directions)
 
     def _join(self, h: list[Any], c: list[Any]) -> State:
-        return (np.stack(h), np.stack(c)) if self.has_c else np.stack(h)
+        return (_stack(h), _stack(c)) if self.has_c else _stack(h)
 
     def _wanted(self, wanted: Iterable[str] | None) -> set[str]:
         known = {*self._parameters, "x", "state"}
@@ -468,6 +472,10 @@ def _split(state: State | None, name: str, has_c: bool, count: int) -> tuple[Arr
             expected = f"{part} of shape (L*D, N, H) with L*D = {count}"
             raise ValueError(f"{name}: expected {expected}; got {np.shape(value)}")
     return h, c
+
+
+def _stack(states: list[Array]) -> Array:
+    return states[0][None] if len(states) == 1 else np.stack(states)  # a view costs a tenth, and one is most common
 
 
 def _pick(states: Array | None, k: int) -> Array | None:
