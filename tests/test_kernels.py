@@ -67,7 +67,7 @@ def run_guarded(problem: Problem, inputs: Inputs) -> Results:
     """`problems.run` on buffers that are lent to the kernels, every one of them guarded."""
     guarded, dtype = Guarded(), inputs.x.dtype
     p = _core.Problem(problem.cell, *inputs[:7], inputs.lengths, "reverse" in problem.options)
-    (T, N, I, H), rows, has_c = inputs.x.shape + (problem.H,), p.G * problem.H, p.has_c
+    (T, N, I, H), rows, has_c = (*inputs.x.shape, problem.H), p.G * problem.H, p.has_c
     saved, states, forward_scratch, backward_scratch = p.sizes
     y, hn = guarded.empty((T, N, H), dtype), guarded.empty((N, H), dtype)
     cn = guarded.empty((N, H), dtype) if has_c else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -161,7 +160,7 @@ def test_streams_of_several_threads_do_not_meet() -> None:
         return stream.state
 
     with ThreadPoolExecutor(4) as pool:
-        list(starmap(assert_same, zip(pool.map(last, xs), expected)))
+        list(map(assert_same, pool.map(last, xs), expected))
 
 
 @pytest.mark.parametrize("x, sentence", [

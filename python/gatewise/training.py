@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,15 +206,19 @@ class Sequences:
         """The sequences of this index side by side, and their outputs that count (without targets: all)."""
         lengths = self.lengths[index]
         T, N = int(lengths.max(initial=0)), len(index)
-        x = np.empty((T, N, self.x[index[0]].shape[1]), self.dtype)
+        x = np.zeros((T, N, self.x[index[0]].shape[1]), self.dtype)
         for n, (i, length) in enumerate(zip(index.tolist(), lengths.tolist())):
             x[:length, n] = self.x[i]
-            x[length:, n] = 0
         source, rows = self._outputs_of(index)
         if self.weights is not None:
             counts = (self.weights[source] > 0).any(axis=1)
             source, rows = source[counts], rows[counts]
         return Batch(x, lengths, rows, source)
+
+    @cached_property
+    def _starts(self) -> Index:
+        """[N] the first output of each sequence in the order of the whole set."""
+        return np.cumsum(self.lengths) - self.lengths
 
     def _outputs_of(self, index: Index) -> tuple[Index, Index]:
         """(source, rows) of all outputs of these sequences, as in `Batch`."""
@@ -221,9 +226,8 @@ class Sequences:
         if not self.per_step:
             return index, n
         lengths = self.lengths[index]
-        starts = (np.cumsum(self.lengths) - self.lengths)[index]
         step = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(starts, lengths) + step, step * len(index) + np.repeat(n, lengths)
+        return np.repeat(self._starts[index], lengths) + step, step * len(index) + np.repeat(n, lengths)
 
 
 def batches(lengths: Index, batch_size: int, random: np.random.Generator, bucket: int = 1) -> list[Index]:
