@@ -80,13 +80,13 @@ inline Threads choose_threads(py::handle argument) {
   if (!argument.is_none()) {
     int overflow = 1;
     long long value = 0;
-    const bool integer = PyIndex_Check(argument.ptr()) && !PyBool_Check(argument.ptr());
-    if (integer) {
+    if (!PyBool_Check(argument.ptr())) {
       const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(argument.ptr()));
-      if (!index) throw py::error_already_set();
-      value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+      if (index) value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+      else if (PyErr_ExceptionMatches(PyExc_TypeError)) PyErr_Clear();  // no number: said better below
+      else throw py::error_already_set();
     }
-    return {whole_number("num_threads", integer && !overflow, value, argument), "num_threads"};
+    return {whole_number("num_threads", overflow == 0, value, argument), "num_threads"};
   }
   for (const char* variable : {"GATEWISE_NUM_THREADS", "OMP_NUM_THREADS"}) {
     const char* text = std::getenv(variable);

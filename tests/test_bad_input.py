@@ -5,6 +5,7 @@ Nothing of the caller's is touched. The sentences are the same for every backend
 
 from __future__ import annotations
 
+import os
 import re
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 
 import gatewise as gw
 from gatewise import _core, functional
+from gatewise.backends import choose_num_threads
 
 T, N, I, H = 4, 3, 5, 6
 CALLS = {"rnn_tanh": gw.rnn, "lstm": gw.lstm, "gru": gw.gru}
@@ -349,7 +351,7 @@ def test_an_unknown_cell():
     refused(functional.forward, {"cell": "lsmt", **arguments()}, "^cell: expected", *gw.cells(), "got 'lsmt'")
 
 
-@pytest.mark.parametrize("threads", [0, -1, 2**40, "2", 2.0, True, np.nan])
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2**40, -(2**70), "2", 2.0, True, np.nan, np.ones(2, int)])
 def test_num_threads(threads):
     kwargs = {**arguments(), "num_threads": threads}
     refused(
@@ -369,6 +371,38 @@ def test_a_numpy_integer_is_a_number_of_threads():
 def test_the_environments_number_of_threads(monkeypatch, value):
     monkeypatch.setenv("GATEWISE_NUM_THREADS", value)
     refused(gw.lstm, arguments(), "^GATEWISE_NUM_THREADS: expected", f"got '?{value}'?$")
+
+
+def test_the_number_of_threads_follows_the_environment_at_every_call(monkeypatch):
+    """os.environ, and the cores that the process may use, as they are when the call is made."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores of this process",
+    )
+    for name in ("GATEWISE_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose_num_threads(None) == cores
+    for omp, expected in (("3", 3), ("5,2", 5), (" 7 , 2", 7), ("0008", 8), ("1024", 1024)):
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+        assert choose_num_threads(None) == (expected, "OMP_NUM_THREADS")
+    for omp in ("two", ",2", "1 2", "-1", "1025", "0", "9" * 30):
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+        with pytest.raises(ValueError, match=r"^OMP_NUM_THREADS: expected a whole number from 1 to 1024; got "):
+            gw.lstm(**arguments())
+        assert gw.lstm(**arguments(), num_threads=1)[0].shape == (T, N, H)
+    monkeypatch.setenv("GATEWISE_NUM_THREADS", "4")
+    assert choose_num_threads(None) == (4, "GATEWISE_NUM_THREADS")
+    assert choose_num_threads(2) == (2, "num_threads")
+    monkeypatch.setenv("GATEWISE_NUM_THREADS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert choose_num_threads(None) == cores
+    if hasattr(os, "sched_setaffinity"):
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        try:
+            assert choose_num_threads(None) == (1, "cores of this process")
+        finally:
+            os.sched_setaffinity(0, allowed)
 
 
 def test_words_where_a_truth_value_or_a_name_must_be():
