@@ -139,11 +139,13 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
   p.cell<T>().backward(call);
 }
 
-// (problem, y, hn, cn, saved, states): the last three None where there is none. kept: where the weights may be found
-// packed, or null
+// (problem, y, hn, cn, saved, states): the last three None where there is none. packed: the layer's
+// PackedWeights, or None
 py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
                       py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle num_threads,
-                      bool training, py::handle ticks, PackedWeights* kept) {
+                      bool training, py::handle ticks, py::handle packed) {
+  // Not an argument of its own type: pybind11 would go through all arguments twice before it takes None for one.
+  PackedWeights* const kept = packed.is_none() ? nullptr : packed.cast<PackedWeights*>();
   const Threads threads = choose_threads(num_threads);
   auto problem = std::make_unique<LayerProblem>(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse);
   const LayerProblem& p = *problem;
