@@ -30,7 +30,8 @@ class PackedWeights {
     std::unique_ptr<char[]> packed;
   };
 
-  // The kernels of a call with many rows take so much longer than packing that it is not worth the memory.
+  // To compare takes a third of the time that packing does: of a call of one row that saves up to half, of a hundred
+  // rows some per cent, and of more it is not worth the memory.
   static bool pays(const LayerProblem& p) { return p.count_rows() <= kMostRows; }
 
   // The problem's weights packed for its kernels. Needs no GIL.
@@ -51,7 +52,7 @@ class PackedWeights {
   int count() const { return count_; }
 
  private:
-  static constexpr Index kMostRows = 512;
+  static constexpr Index kMostRows = 128;
 
   std::mutex mutex_;  // of packed_, for the blink of an eye
   std::shared_ptr<const Packed> packed_;
