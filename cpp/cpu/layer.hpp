@@ -42,7 +42,7 @@ template <class Cell, class T> struct CellFacts {
 // Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward wants
 // longer ones, for the weights' gradients are summed over them.
 struct ChunkSize { Index bytes, least_rows, most_rows; };
-constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{2 << 20, 256, 2048};
+constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{1 << 19, 256, 1024};
 
 // How a team shares the steps of a sequence.
 enum class Sharing { alone, rows, panels };
@@ -361,7 +361,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         sides{side(arena, d.I, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih, call.dx),
               side(arena, d.H, Facts::h_block, Facts::h_gate, problem.weights.w_hh, call.dw_hh, true)},
         bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)) {
-    for (T*& buffer : dgates) buffer = arena.take<T>(P * this->chunk_capacity * D * W);
+    dgates[0] = arena.take<T>(P * this->chunk_capacity * D * W);
+    dgates[1] = this->chunk_capacity < rows.count ? arena.take<T>(P * this->chunk_capacity * D * W) : dgates[0];
   }
 
   GATEWISE_FN Index gate_row(Index p, Index chunk_row) const {
