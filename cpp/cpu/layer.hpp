@@ -57,7 +57,7 @@ template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
   const double flops = 2.0 * double(rows) * Cell::G * double(d.H) * double(d.I + d.H);
   if (threads < 2 || flops < 4e6) return {Sharing::alone, 1};
   if (d.N >= 8 * threads && d.H < 256) return {Sharing::rows, threads};
-  if (step_flops >= 1e6) return {Sharing::panels, threads};
+  if (step_flops >= (d.N < 2 * threads ? 5e4 : 1e6)) return {Sharing::panels, threads};
   if (d.N >= threads) return {Sharing::rows, threads};
   return {Sharing::alone, 1};
 }
