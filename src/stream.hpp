@@ -85,7 +85,7 @@ template <class T> class Steps final : public AnySteps {
       const Problem<T> problem{{1, N, layer.I, H}, {}, sequence};
       T* h = h_[next].data() + at;
       layer.kernels->forward({problem, inner_y_.data(), h, c_[next].data() + at, nullptr, nullptr, scratch_.get(),
-                              threads_, layer.packed.get()});
+                              threads_, layer.packed.get(), nullptr, now_ == 1});
       x = h;
     }
     now_ = next, from_zeros_ = false;

@@ -44,6 +44,8 @@ template <class Cell, class T> struct CellFacts {
 struct ChunkSize { Index bytes, least_rows, most_rows; };
 constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{1 << 19, 256, 1024};
 
+constexpr Index kCacheBytes = 1 << 20;  // a core's own: 1 to 2 MB on servers
+
 // How a team shares the steps of a sequence.
 enum class Sharing { alone, rows, panels };
 struct Plan {
@@ -157,6 +159,8 @@ template <class Cell, class T> struct PackedWeights {
       : d(d), P(ceil_div(d.H, W)), w_ih(arena.take<T>(P * G * W * d.I)), w_hh(arena.take<T>(P * G * W * d.H)),
         bias(arena.take<T>(P * (G + 1) * W)) {}
 
+  Index bytes() const { return P * G * W * (d.I + d.H) * Index(sizeof(T)); }
+
   void fill(const Weights<T>& w, Range groups) {
     for (Index q = groups.begin; q < groups.end; ++q) {
       pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
@@ -196,9 +200,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   bool keeps_tape() const { return call.saved != nullptr; }
   Index state_row(Index s) const { return keeps_tape() ? Base::state_row(s) : 0; }
 
-  // gx of packed rows [begin, end), in a chunk that starts at row `chunk`
-  void project(Index chunk, Range packed) {
-    for (Index q = 0; q < this->groups; ++q) {
+  // gx of packed rows [begin, end), in a chunk that starts at row `chunk`, for the given groups of panels
+  void project(Index chunk, Range packed, Range groups) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
       const Index panels = this->group_panels(q), registers = panels * G;
       const T* w_ih = weights.w_ih + q * Facts::group * G * W * d.I;
       for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
@@ -245,6 +249,18 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           finish(s, chunk, i, height, q * Facts::group + b, h, tile.numbers + b * G * W, registers * W);
         this->meter.stop(&Ticks::epilogues);
       });
+    }
+  }
+
+  // A chunk of one step goes through all the weights just once. Where they fill more than the cache, it takes both
+  // matrices side by side, so that a call that walks them the other way begins with what the last one left there:
+  // LSTM, I = H = 512, N = 1: 75 -> 47 µs a call.
+  void only_step(Index s, Range positions, Range groups) {
+    const Index chunk = rows.offset[s];
+    for (Index turn = groups.begin; turn < groups.end; ++turn) {
+      const Index q = there_and_back(call.from_the_last, turn, groups);
+      project(chunk, {chunk + positions.begin, chunk + positions.end}, {q, q + 1});
+      step(s, chunk, positions, {q, q + 1});
     }
   }
 
@@ -301,12 +317,16 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     for (Index s = 0, end; s < d.T && rows.live(s) > 0; s = end) {
       const Index chunk = rows.offset[s];
       for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target;) ++end;
-      const Range part = share(rows.offset[end] - chunk, id, team.size);
-      project(chunk, {chunk + part.begin, chunk + part.end});
-      team.barrier();
-      for (Index t = s; t < end; ++t) {
-        step(t, chunk, {own.begin, least(own.end, rows.live(t))}, own_groups);
-        if (by_panels) team.barrier();
+      if (end == s + 1 && weights.bytes() > kCacheBytes) {
+        only_step(s, {own.begin, least(own.end, rows.live(s))}, own_groups);
+      } else {
+        const Range part = share(rows.offset[end] - chunk, id, team.size);
+        project(chunk, {chunk + part.begin, chunk + part.end}, {0, this->groups});
+        team.barrier();
+        for (Index t = s; t < end; ++t) {
+          step(t, chunk, {own.begin, least(own.end, rows.live(t))}, own_groups);
+          if (by_panels) team.barrier();
+        }
       }
       team.barrier();
     }
