@@ -86,7 +86,8 @@ int threads_for(const LayerProblem& p, const Threads& threads) {
 }
 
 template <class T> void forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
-                                py::handle states, void* scratch, int threads, py::handle ticks, PackedWeights* kept) {
+                                py::handle states, void* scratch, int threads, py::handle ticks, PackedWeights* kept,
+                                Index promise) {
   const Shapes<T> s{p};
   const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
   const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
@@ -98,7 +99,7 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
                   states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
   std::shared_ptr<const PackedWeights::Packed> packed;
-  if (kept) packed = kept->of<T>(p), call.packed = packed->packed.get();
+  if (kept) packed = kept->of<T>(p, promise), call.packed = packed->packed.get();
   p.cell<T>().forward(call);
 }
 
@@ -143,7 +144,7 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
 // PackedWeights, or None
 py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
                       py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle num_threads,
-                      bool training, py::handle ticks, py::handle packed) {
+                      bool training, py::handle ticks, py::handle packed, Index promise) {
   // Not an argument of its own type: pybind11 would go through all arguments twice before it takes None for one.
   PackedWeights* const kept = packed.is_none() ? nullptr : packed.cast<PackedWeights*>();
   const Threads threads = choose_threads(num_threads);
@@ -159,7 +160,7 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
     const py::object states = training && has_c ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
     forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks,
-               kept && PackedWeights::pays(p) ? kept : nullptr);
+               kept && PackedWeights::pays(p) ? kept : nullptr, promise);
     return py::make_tuple(py::cast(std::move(problem)), y, hn, cn, saved, states);
   };
   return p.typed(run);
@@ -366,7 +367,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         const Array lent = borrow_scratch(scratch, p.sizes.forward_scratch);
         check_threads(threads);
         p.typed([&](auto zero) {
-          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data<void>(), threads, ticks, nullptr);
+          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data<void>(), threads, ticks, nullptr, 0);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),

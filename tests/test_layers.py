@@ -260,6 +260,63 @@ def test_packed_weights_are_kept_but_never_stale(cell, dtype, arch, monkeypatch)
     check([0])
 
 
+HOLDERS = {
+    "array": lambda layer: layer.parameters["weight_hh_l0"],
+    "view": lambda layer: layer.parameters["weight_hh_l0"][1:],
+    "mapping": lambda layer: layer.parameters,
+    "copied mapping": lambda layer: dict(layer.parameters),
+    "iterator": lambda layer: iter(layer.parameters.values()),
+    "buffer": lambda layer: memoryview(layer.parameters["weight_hh_l0"]),
+    "tensor": lambda layer: torch.from_numpy(layer.parameters["weight_hh_l0"]),
+    "tape": lambda layer: layer.forward(np.zeros((T, N, I), np.float32))[2],
+    "shallow copy": copy.copy,
+}
+
+
+def first_weight(holder):
+    """The array that somebody holds in whatever way, to write into."""
+    if isinstance(holder, gw.layers.LayerTape):
+        return None
+    if isinstance(holder, Layer):
+        return holder.parameters["weight_hh_l0"]
+    if not isinstance(holder, (np.ndarray, memoryview, torch.Tensor)):
+        holder = next(iter(holder.values() if hasattr(holder, "values") else holder))
+    return np.asarray(holder)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whoever_holds_the_weights_may_change_them_between_calls(holder):
+    """While somebody does, nothing is taken on trust; when nobody does any more, the weights are not even read."""
+    layer, x = LSTM(I, H, random_state=0), numbers((T, N, I), 1).astype(np.float32)
+    layer.forward(x, training=False)
+    promise = layer._promise()
+    assert promise and promise == layer._promise()
+    held = HOLDERS[holder](layer)
+    for _ in range(3):
+        layer.forward(x, training=False)
+        if (array := first_weight(held)) is not None:
+            array.reshape(-1)[0] += 1
+        del array
+        np.testing.assert_array_equal(layer.forward(x, training=False)[0], without_memory(layer, x)[0])
+    assert holder == "tape" or layer._promise() == 0
+    del held
+    layer.forward(x, training=False)
+    assert layer._promise() and layer._promise() == layer._promise()
+
+
+def test_weights_written_and_let_go_between_calls_are_noticed():
+    layer, x = LSTM(I, H, random_state=0), numbers((T, N, I), 1).astype(np.float32)
+    for k in range(5):
+        before = layer.forward(x, training=False)[0]
+        if k % 2:
+            layer.parameters["weight_hh_l0"][0, 0] += 1
+        else:
+            layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
+        y = layer.forward(x, training=False)[0]
+        assert not np.array_equal(y, before)
+        np.testing.assert_array_equal(y, without_memory(layer, x)[0])
+
+
 def test_a_bias_is_part_of_what_is_packed():
     """With and without, on the same packed weights: what a subclass may do with a layer's own parameters."""
     layer, x = GRU(I, H, dtype=np.float64, random_state=0), numbers((T, N, I), 1)

@@ -57,7 +57,8 @@ class Problem:
     def write_rows(self, rows: Any) -> None: ...
     def check_incoming(self, dy: Any, dhn: Any, dcn: Any) -> None: ...
 
-# Weights that stay packed from call to call, and are compared with those of every call: they cannot go stale.
+# Weights that stay packed from call to call. They are compared with those of every call, unless its `promise` is that
+# of the last one, and not 0: that nobody can have written into them in between. So they cannot go stale.
 class PackedWeights:
     @property
     def count(self) -> int: ...  # how many times they had to be packed
@@ -86,6 +87,7 @@ def run_forward(
     training: bool,
     ticks: Any,
     packed: PackedWeights | None,
+    promise: int,
     /,
 ) -> tuple[Problem, Any, Any, Any, Any, Any]: ...  # problem, y, hn, cn, saved, states
 def run_backward(

@@ -173,13 +173,14 @@ def _forward(
     training: bool = True,
     ticks: NDArray[np.uint64] | None = None,
     packed: _core.PackedWeights | None = None,
+    promise: int = 0,
 ) -> Tape:
-    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add; `packed` is where a layer
-    keeps its packed weights (see _core.pyi)."""
+    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add; `packed` and `promise` are
+    how a layer keeps its weights packed (see _core.pyi)."""
     name = choose(backend)
     if name == "cpu":
         run = _core.run_forward(
-            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed
+            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed, promise
         )
         return Tape(cell, name, {}, *run)
     from . import reference

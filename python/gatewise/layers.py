@@ -7,9 +7,11 @@ directions, T time steps, N batch, I input size, H hidden size, G gates.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from sys import getrefcount
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar, Union
 
@@ -22,6 +24,8 @@ from .backends import choose
 Array = NDArray[Any]
 State = Union[Array, "tuple[Array | None, Array | None]"]
 Self = TypeVar("Self", bound="Layer")
+
+_PROMISES = itertools.count(1)  # numbers that no two changes of any weights share
 
 # torch's name of a parameter -> the name of its gradient in functional.Gradients
 _FIELDS = {"weight_ih": "dw_ih", "weight_hh": "dw_hh", "bias_ih": "db_ih", "bias_hh": "db_hh"}
@@ -104,12 +108,18 @@ class Layer:
         self._gates, self.has_c = known[cell]["G"], known[cell]["has_c"]
         self._parameters = {name: self._uniform(shape) for name, shape in self._shapes()}
         self._packed = [_core.PackedWeights() for _ in range(self.num_layers * self.directions)]
+        self._changed, self._free = next(_PROMISES), 0  # see _promise
 
     # -- weights -------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> Mapping[str, Array]:
-        """The weights themselves, by torch's names, in its order; write into them to change the layer."""
+        """The weights themselves, by torch's names, in its order; write into them to change the layer.
+
+        Hold the array that you write into. Whoever keeps nothing but its address (`array.ctypes.data`) and writes
+        there later has to ask for `parameters` again after writing.
+        """
+        self._changed = next(_PROMISES)
         return MappingProxyType(self._parameters)
 
     def state_dict(self) -> dict[str, Array]:
@@ -132,8 +142,11 @@ class Layer:
         ]
         if faults:
             raise ValueError(f"state_dict does not fit {self!r}: " + "; ".join(faults))
-        for name, own in self._parameters.items():
-            own[...] = arrays[name]
+        try:
+            for name, own in self._parameters.items():
+                own[...] = arrays[name]
+        finally:
+            self._changed = next(_PROMISES)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and constructor arguments to a safetensors file, which torch's users can read as it
@@ -229,6 +242,7 @@ class Layer:
         """
         h0, c0 = self._split(state, "state")
         sequence = self._swap(self._checked_input(x))
+        promise = 0 if training else self._promise()
         runs: list[list[functional.Tape]] = []
         masks: list[Array | None] = []
         for layer in range(self.num_layers):
@@ -241,6 +255,7 @@ class Layer:
                     lengths=lengths, reverse=bool(direction),
                     backend=self.backend, num_threads=self.num_threads, training=training,
                     packed=None if training else self._packed[k],  # in training they change at every step
+                    promise=promise,
                 )
                 for direction, k in enumerate(range(layer * self.directions, (layer + 1) * self.directions))
             ])  # fmt: skip
@@ -321,6 +336,23 @@ class Layer:
         if "state" in names:
             gradients["state"] = self._join(dh0, dc0)
         return gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._changed = next(_PROMISES)  # a shallow copy shares the weights
+        return self.__dict__
+
+    def _promise(self) -> int:
+        """A number that is the same as long as nobody can have changed the weights: nobody asked for them, and when
+        somebody last had, nobody was holding on to them. 0: somebody may be writing into them right now."""
+        changed = self._changed
+        if self._free != changed:
+            # One reference is the layer's, one the argument's; a view, a buffer, a tensor of them holds another.
+            if getrefcount(self._parameters) > 2:
+                return 0
+            if any(getrefcount(self._parameters[name]) > 2 for name in self._parameters):
+                return 0
+            self._free = changed
+        return changed
 
     def _weights(self, layer: int, direction: int) -> dict[str, Any]:
         """The arguments of `functional.forward`: w_ih, w_hh, b_ih, b_hh, the biases None without `bias`."""

@@ -88,7 +88,8 @@ class Party(ABC):
 
 
 class Ours(Party):
-    """The functional API on the CPU kernels; a stream for one step a call."""
+    """The functional API on the CPU kernels; for inference a layer, which keeps its weights packed as the other
+    libraries' do, and for one step a call its stream."""
 
     name = "gatewise"
     options = Party.options | {"infer", "stream", "lengths", "half", "empty", "reverse", "h0"}
@@ -97,8 +98,10 @@ class Ours(Party):
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
         self.wanted = gradients_of(problem)
+        runs_layer = not problem.trains and self.backend == "cpu" and "reverse" not in problem.options
+        self.layer: Any = self._layer() if runs_layer else None
         if "stream" in problem.options:
-            self.stream = self._stream()
+            self.stream = self.layer.stream(problem.N)
 
     def step(self) -> Any:
         problem, inputs = self.problem, self.inputs
@@ -107,6 +110,10 @@ class Ours(Party):
             for x in self.inputs.x:
                 y = step(x)
             return y
+        if self.layer:
+            state = None if inputs.h0 is None else inputs.h0[None]
+            state = state if inputs.c0 is None else (state, inputs.c0[None])
+            return self.layer.forward(inputs.x, state, inputs.lengths, training=False)
         tape = tape_of(problem, inputs, self.backend, self.threads)
         if not problem.trains:
             return tape
@@ -118,6 +125,10 @@ class Ours(Party):
         if "stream" in self.problem.options:
             self.stream.reset()
             return {"y": np.stack([self.stream.step(x).copy() for x in self.inputs.x])}
+        if self.layer:
+            y, state, _ = self.step()
+            states = state if isinstance(state, tuple) else (state,)
+            return {"y": y, **{name: a[0] for name, a in zip(("hn", "cn"), states)}}
         return run(self.problem, self.inputs, self.backend, self.threads, self.wanted)
 
     def ticks(self) -> Array | None:
@@ -126,9 +137,12 @@ class Ours(Party):
         if "stream" in problem.options:
             return None
         ticks = np.zeros(3, np.uint64)
+        kept = {"packed": self.layer._packed[0], "promise": self.layer._promise()} if self.layer else {}
+        weights = self.layer._weights(0, 0) if self.layer else inputs._asdict()
         tape = functional._forward(
-            problem.cell, *inputs[:7], lengths=inputs.lengths, reverse="reverse" in problem.options,
-            backend=self.backend, num_threads=self.threads, training=problem.trains, ticks=ticks,
+            problem.cell, inputs.x, *(weights[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), inputs.h0, inputs.c0,
+            lengths=inputs.lengths, reverse="reverse" in problem.options, backend=self.backend,
+            num_threads=self.threads, training=problem.trains, ticks=ticks, **kept,
         )  # fmt: skip
         if problem.trains:
             functional._backward(
@@ -136,7 +150,7 @@ class Ours(Party):
             )
         return ticks
 
-    def _stream(self) -> Any:
+    def _layer(self) -> Any:
         from .layers import Layer
 
         problem, inputs = self.problem, self.inputs
@@ -146,7 +160,7 @@ class Ours(Party):
         layer.load_state_dict({
             theirs: array for name, theirs in names.items() if (array := getattr(inputs, name)) is not None
         })  # fmt: skip
-        return layer.stream(problem.N)
+        return layer
 
 
 class Reference(Ours):
