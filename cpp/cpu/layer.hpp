@@ -8,8 +8,8 @@
 //
 // Buffers of the layer's own, W lanes to a register, P = ceil(H / W) panels, R packed rows (rows.hpp):
 //   saved  [P][R][S][W]      states [P][N + R][W], c0 in the first N rows      (the tape)
-//   gx     [P][chunk][G][W]  dgates [P][chunk][D][W]                           (scratch)
-// Lanes past H hold junk, NaN where x is infinite; only dgates are summed over, and there those lanes are 0.
+//   gx     [P][chunk][G][W]  dgates [P][chunk][D][units of the panel]          (scratch)
+// Lanes past H hold junk. A row of dgates takes D * W numbers; in a last panel of few units its end is never written.
 #pragma once
 #include "gatewise/cells.hpp"
 #include "threads.hpp"
@@ -112,6 +112,14 @@ template <class Cell, class T> struct Pass {
         chunk_capacity(least(rows.count, chunk_target + d.N)) {}
 
   Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
+  Index group_registers(Index group) const { return Panels<G>::registers(group, d.H, W); }
+  Index units(Index panel) const { return least(W, d.H - panel * W); }
+  // f(units of a panel): a constant where it is full, for which no lane is masked
+  template <class F> GATEWISE_FN void with_units(Index panel, F f) const {
+    const Index n = units(panel);
+    if (n == W) f(std::integral_constant<Index, W>());
+    else f(n);
+  }
 
   // The hidden state before step s of sorted position i, or null for zeros.
   GATEWISE_FN const T* previous_h(const T* y, Index s, Index i) const {
@@ -203,7 +211,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // gx of packed rows [begin, end), in a chunk that starts at row `chunk`, for the given groups of panels
   void project(Index chunk, Range packed, Range groups) {
     for (Index q = groups.begin; q < groups.end; ++q) {
-      const Index panels = this->group_panels(q), registers = panels * G;
+      const Index panels = this->group_panels(q), registers = this->group_registers(q);
+      const Segments row_of_x = one_segment(d.I);
       const T* w_ih = weights.w_ih + q * Facts::group * G * W * d.I;
       for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index row = packed.begin + first;
@@ -211,17 +220,20 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.time_row[row + r] * d.I;
         Tile<T> tile;
         this->meter.start();
-        kMultiplyRows<T>[registers - 1][height - 1](x, d.I, 1, 0, w_ih, tile);
+        kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
         this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b) {
             const Index p = q * Facts::group + b;
-            const T* product = tile.numbers + (r * panels + b) * G * W;
+            const T* product = tile.numbers + (r * registers + b * G) * W;
             T* out = gx + (p * this->chunk_capacity + row + r - chunk) * G * W;
-            GATEWISE_UNROLL
-            for (int g = 0; g < G; ++g) {
-              (V::load(product + g * W) + V::load(weights.bias + (p * (G + 1) + g) * W)).store(out + g * W);
-            }
+            this->with_units(p, [&](auto units) {
+              GATEWISE_UNROLL
+              for (int g = 0; g < G; ++g) {
+                const V bias = V::load(weights.bias + (p * (G + 1) + g) * W);
+                (V::load(product + g * units, units) + bias).store(out + g * W);
+              }
+            });
           }
         this->meter.stop(&Ticks::epilogues);
       });
@@ -232,7 +244,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   void step(Index s, Index chunk, Range positions, Range groups) {
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
       const Index q = there_and_back(s, turn, groups);
-      const Index panels = this->group_panels(q), registers = panels * G;
+      const Index panels = this->group_panels(q), registers = this->group_registers(q);
+      const Segments row_of_h = one_segment(d.H);
       const T* w_hh = weights.w_hh + q * Facts::group * G * W * d.H;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
@@ -242,7 +255,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         this->meter.start();
         for (Index b = 0; b < panels && keeps_tape(); ++b)
           prefetch(call.saved + ((q * Facts::group + b) * rows.count + rows.offset[s] + i) * S * W, height * S * W);
-        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, d.H, 1, 0, w_hh, tile);
+        if (h[0]) kMultiplyRows<T>[registers - 1][height - 1](h, row_of_h, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < panels; ++b)
@@ -267,30 +280,32 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart
   GATEWISE_FN void finish(Index s, Index chunk, Index i, Index height, Index p, const T* const* h, const T* products,
                           Index stride) {
-    const Index row = rows.offset[s] + i, unit = p * W, lanes = d.H - unit;
+    const Index row = rows.offset[s] + i, unit = p * W;
     const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
     const T* c_prev = states + (p * states_stride + state_row(s - 1) + i) * W;
     T* c_next = states + (p * states_stride + state_row(s) + i) * W;
     T* kept = call.saved + (p * rows.count + row) * S * W;
     const Index* time_row = rows.time_row + row;
     const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
-    for (Index r = 0; r < height; ++r) {
-      V x[G], hidden[G], saved[S];
-      GATEWISE_UNROLL
-      for (int g = 0; g < G; ++g) {
-        x[g] = V::load(gx_row + (r * G + g) * W);
-        hidden[g] = V::load(products + r * stride + g * W);
+    this->with_units(p, [&](auto units) {
+      for (Index r = 0; r < height; ++r) {
+        V x[G], hidden[G], saved[S];
+        GATEWISE_UNROLL
+        for (int g = 0; g < G; ++g) {
+          x[g] = V::load(gx_row + (r * G + g) * W);
+          hidden[g] = V::load(products + r * stride + g * units, units);
+        }
+        if (Cell::split) hidden[G - 1] = hidden[G - 1] + b_hh;
+        State<V> prev{h[r] ? V::load(h[r] + unit, units) : V(0), V(0)};
+        if (Cell::has_c) prev.c = V::load(c_prev + r * W);
+        const State<V> next = Cell::forward(x, hidden, prev, saved);
+        next.h.store(call.y + time_row[r] * d.H + unit, units);
+        if (Cell::has_c) next.c.store(c_next + r * W);
+        if (!keeps_tape()) continue;
+        GATEWISE_UNROLL
+        for (int k = 0; k < S; ++k) saved[k].store(kept + (r * S + k) * W);
       }
-      if (Cell::split) hidden[G - 1] = hidden[G - 1] + b_hh;
-      State<V> prev{h[r] ? V::load(h[r] + unit, lanes) : V(0), V(0)};
-      if (Cell::has_c) prev.c = V::load(c_prev + r * W);
-      const State<V> next = Cell::forward(x, hidden, prev, saved);
-      next.h.store(call.y + time_row[r] * d.H + unit, lanes);
-      if (Cell::has_c) next.c.store(c_next + r * W);
-      if (!keeps_tape()) continue;
-      GATEWISE_UNROLL
-      for (int k = 0; k < S; ++k) saved[k].store(kept + (r * S + k) * W);
-    }
+    });
   }
 
   void final_states(Range positions) {
@@ -341,12 +356,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   using Base::d, Base::D, Base::G, Base::how, Base::P, Base::problem, Base::rows, Base::S, Base::W;
   using typename Base::Facts;
   using typename Base::V;
-  static constexpr int kRows = rows_per_tile(Panels<G>::registers);  // weight-gradient tile: rows of x or h
+  static constexpr int kRows = rows_per_tile(Facts::group * G);  // weight-gradient tile: rows of x or h
 
   // One of the two weight matrices, or what its gradient needs
   struct Side {
     Index columns;  // I or H
-    int block;      // where its gates start in a row of dgates
+    int block;      // the slot of dgates with which its gates start
     int (*gate)(int slot);
     const T* weights;
     T* d_weights;  // the caller's, or null
@@ -357,7 +372,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   Backward<T> call;
   Side sides[2];         // of x, of h
-  T* bias_sums;          // [P][D][W]
+  T* bias_sums;          // [P], each like a row of dgates
   T* dgates[2];          // of this chunk and of the one after it, whose first step is still needed
   T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
 
@@ -371,7 +386,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
             gate,
             weights,
             d_weights,
-            product ? arena.take<T>(P * G * W * ceil_div(columns, W) * W) : nullptr,
+            product ? arena.take<T>(G * d.H * ceil_div(columns, W) * W) : nullptr,
             d_weights ? arena.take<T>(size) : nullptr,
             d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * this->chunk_capacity) : nullptr};
   }
@@ -385,9 +400,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     dgates[1] = this->chunk_capacity < rows.count ? arena.take<T>(P * this->chunk_capacity * D * W) : dgates[0];
   }
 
-  GATEWISE_FN Index gate_row(Index p, Index chunk_row) const {
-    return (p * this->chunk_capacity + chunk_row) * D * W;
-  }
+  GATEWISE_FN Index gate_row(Index p, Index chunk_row) const { return (p * this->chunk_capacity + chunk_row) * D * W; }
+
+  // Where slots from `block` on start in a row of dgates
+  GATEWISE_FN Index slot(Index p, Index block) const { return block * this->units(p); }
 
   // Products of rows of dgates with one side's weights, in tiles: f(first row, how many, register of columns, their
   // values, the values' stride). Null gates are zeros.
@@ -396,20 +412,21 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       const Index q = there_and_back(step, turn, groups);
       const Index first_register = q * kColumnRegisters;
       const Index registers = least(kColumnRegisters, ceil_div(side.columns, W) - first_register);
-      const T* weights = side.packed + first_register * W * P * G * W;
+      const T* weights = side.packed + first_register * W * G * d.H;
+      const Segments row_of_gates{G * W, P - 1, gate_row(1, 0), G * this->units(P - 1),
+                                  slot(P - 1, side.block) - side.block * W};
       for_each_tile(count, rows_per_tile(registers), [&](Index first, Index height) {
         Tile<T> tile;
         this->meter.start();
         if (gates) {
           const T* a[kMaxRows] = {};
           for (Index r = 0; r < height; ++r) a[r] = gates + gate_row(0, first + r) + side.block * W;
-          kMultiplyRows<T>[registers - 1][height - 1](a, G * W, P, gate_row(1, 0), weights, tile);
+          kMultiplyRows<T>[registers - 1][height - 1](a, row_of_gates, weights, tile);
         } else {
           zero(tile.numbers, height * registers * W);
         }
         this->meter.stop(&Ticks::products);
-        for (Index v = 0; v < registers; ++v)
-          f(first, height, first_register + v, tile.numbers + v * W, registers * W);
+        for (Index v = 0; v < registers; ++v) f(first, height, first_register + v, tile.numbers + v * W, registers * W);
         this->meter.stop(&Ticks::epilogues);
       });
     }
@@ -431,38 +448,36 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // The epilogue: the cell's backward on a tile's rows of one panel
   GATEWISE_FN void finish(Index s, T* gates, Index chunk, Index i, Index height, Index p, const T* dh, Index stride) {
-    const Index row = rows.offset[s] + i, unit = p * W, lanes = d.H - unit;
+    const Index row = rows.offset[s] + i, unit = p * W;
     const T* kept = call.saved + (p * rows.count + row) * S * W;
     const T* c_prev = call.states + (p * this->state_rows() + this->state_row(s - 1) + i) * W;
     const T* c_next = call.states + (p * this->state_rows() + this->state_row(s) + i) * W;
     T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates + gate_row(p, row - chunk);
     const Index* time_row = rows.time_row + row;
-    for (Index r = 0; r < height; ++r, out += D * W) {
-      const Index at = time_row[r] * d.H + unit;
-      const T* h_prev = this->previous_h(call.y, s, i + r);
-      V saved[S], dgx[G], dgh[G];
-      GATEWISE_UNROLL
-      for (int k = 0; k < S; ++k) saved[k] = V::load(kept + (r * S + k) * W);
-      State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)}, next{V::load(call.y + at, lanes), V(0)};
-      State<V> grad{V::load(dh + r * stride) + V::load(h_carry + r * W), V(0)};
-      if (call.dy) grad.h = grad.h + V::load(call.dy + at, lanes);
-      if (Cell::has_c) {
-        prev.c = V::load(c_prev + r * W);
-        next.c = V::load(c_next + r * W);
-        grad.c = V::load(c_carry + r * W);
+    this->with_units(p, [&](auto units) {
+      for (Index r = 0; r < height; ++r, out += D * W) {
+        const Index at = time_row[r] * d.H + unit;
+        const T* h_prev = this->previous_h(call.y, s, i + r);
+        V saved[S], dgx[G], dgh[G];
+        GATEWISE_UNROLL
+        for (int k = 0; k < S; ++k) saved[k] = V::load(kept + (r * S + k) * W);
+        State<V> prev{h_prev ? V::load(h_prev + unit, units) : V(0), V(0)}, next{V::load(call.y + at, units), V(0)};
+        State<V> grad{V::load(dh + r * stride) + V::load(h_carry + r * W), V(0)};
+        if (call.dy) grad.h = grad.h + V::load(call.dy + at, units);
+        if (Cell::has_c) {
+          prev.c = V::load(c_prev + r * W);
+          next.c = V::load(c_next + r * W);
+          grad.c = V::load(c_carry + r * W);
+        }
+        const State<V> before = Cell::backward(saved, prev, next, grad, dgx, dgh);
+        before.h.store(h_carry + r * W);
+        if (Cell::has_c) before.c.store(c_carry + r * W);
+        GATEWISE_UNROLL
+        for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * units, units);
+        if (Cell::split) dgh[G - 1].store(out + G * units, units);
       }
-      const State<V> before = Cell::backward(saved, prev, next, grad, dgx, dgh);
-      before.h.store(h_carry + r * W);
-      if (Cell::has_c) before.c.store(c_carry + r * W);
-      const auto put = [lanes](V block, T* to) {
-        if (lanes < W) V(0).store(to);
-        block.store(to, lanes);
-      };
-      GATEWISE_UNROLL
-      for (int g = 0; g < G; ++g) put(dgx[g], out + Facts::x_slot(g) * W);
-      if (Cell::split) put(dgh[G - 1], out + G * W);
-    }
+    });
   }
 
   // Copies the chunk's rows of x, or of the state before each step, into the order in which their tiles read them
@@ -485,10 +500,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   // sums += operand^T dgates. Each chunk is summed apart and then added, which also bounds the rounding error.
   void weight_gradient(const Side& side, const T* gates, Index count, Range groups) {
     for (Index q = groups.begin; q < groups.end; ++q) {
-      const Index registers = this->group_panels(q) * G;
+      const Index registers = this->group_registers(q);
       const T* b[kMaxRegisters] = {};
-      for (Index v = 0; v < registers; ++v)
-        b[v] = gates + gate_row(q * Facts::group + v / G, 0) + (side.block + v % G) * W;
+      for (Index v = 0; v < registers; ++v) {
+        const Index p = q * Facts::group + v / G;
+        b[v] = gates + gate_row(p, 0) + slot(p, side.block) + v % G * W;
+      }
       T* sums = side.sums + q * Facts::group * G * W * side.columns;
       for (Index column = 0; column < side.columns; column += kRows) {
         const Index height = least(kRows, side.columns - column);
@@ -529,10 +546,11 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         if (side.d_weights) unpack_add<T, G>(side.sums, d.H, side.columns, side.gate, q, side.d_weights);
         if (!d_bias) continue;
         for (Index p = q * Facts::group; p < q * Facts::group + this->group_panels(q); ++p)
-          for (int slot = 0; slot < G; ++slot) {
-            T* to = d_bias + side.gate(slot) * d.H + p * W;
-            const V sum = V::load(bias_sums + (p * D + side.block + slot) * W);
-            (V::load(to, d.H - p * W) + sum).store(to, d.H - p * W);
+          for (int s = 0; s < G; ++s) {
+            T* to = d_bias + side.gate(s) * d.H + p * W;
+            const Index n = this->units(p);
+            const V sum = V::load(bias_sums + p * D * W + slot(p, side.block + s), n);
+            (V::load(to, n) + sum).store(to, n);
           }
       }
     }

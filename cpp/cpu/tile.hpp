@@ -51,22 +51,28 @@ template <class T, int MR, int NR> GATEWISE_FN void write(const Vec<T> (&acc)[MR
   }
 }
 
-// Rows of numbers times packed weights [segments * K][NR][W]. A row's numbers come in segments of K, `stride` apart.
-// Six arguments, for six travel in registers: one on the stack was read back before its store had left the core, behind
-// all of an epilogue's stores, and cost 4 % of a training step.
+// Where a row's numbers lie: `full` segments of K, `stride` apart, then one of last_K, shifted from its place.
+struct Segments { Index K, full, stride, last_K, last_shift; };
+constexpr Segments one_segment(Index K) { return {0, 0, 0, K, 0}; }
+
+// Rows of numbers times packed weights [numbers of a row][NR][W]. The segments come by reference, made long before: an
+// argument on the stack was read back behind all of an epilogue's stores, and cost 4 % of a training step.
 template <class T, int MR, int NR>
-void multiply_rows(const T* const* rows, Index K, Index segments, Index stride, const T* packed, Tile<T>& tile) {
+void multiply_rows(const T* const* rows, const Segments& s, const T* packed, Tile<T>& tile) {
   constexpr Index W = Vec<T>::width;
   const T* a[MR];
   GATEWISE_UNROLL
   for (int r = 0; r < MR; ++r) a[r] = rows[r];
   Vec<T> acc[MR][NR];
   clear(acc);
-  for (Index i = 0; i < segments; ++i, packed += K * NR * W) {
+  for (Index i = 0; i <= s.full; ++i) {
+    const Index K = i < s.full ? s.K : s.last_K, shift = i < s.full ? 0 : s.last_shift;
     multiply(
-        acc, K, [&](int r, Index k) { return a[r] + k; }, [&](Index k, int v) { return packed + (k * NR + v) * W; });
+        acc, K, [&](int r, Index k) { return a[r] + shift + k; },
+        [&](Index k, int v) { return packed + (k * NR + v) * W; });
+    packed += K * NR * W;
     GATEWISE_UNROLL
-    for (int r = 0; r < MR; ++r) a[r] += stride;
+    for (int r = 0; r < MR; ++r) a[r] += s.stride;
   }
   write(acc, tile);
 }
@@ -86,7 +92,7 @@ void multiply_columns(const T* packed, Index height, Index K, const T* const* b,
 }
 
 // The products by shape: kMultiplyRows<T>[NR - 1][MR - 1]
-template <class T> using MultiplyRows = void (*)(const T* const*, Index, Index, Index, const T*, Tile<T>&);
+template <class T> using MultiplyRows = void (*)(const T* const*, const Segments&, const T*, Tile<T>&);
 template <class T> using MultiplyColumns = void (*)(const T*, Index, Index, const T* const*, Index, Tile<T>&);
 template <class T, int NR, class Rows> struct Shapes;
 template <class T, int NR, int... I> struct Shapes<T, NR, std::integer_sequence<int, I...>> {
@@ -111,35 +117,46 @@ template <class F> GATEWISE_FN void for_each_tile(Index n, Index most, F f) {
 }
 
 // How gate rows of a weight matrix [G*H, K] map to registers. A panel is one register's worth of hidden units, all
-// gates of them; a group is as many panels as make a tile four registers wide. `gate(slot)` gives the gate order.
+// gates of them; a group is as many panels as make a tile four registers wide. `gate(slot)` gives the gate order. In
+// the last panel, of fewer units than a register has lanes, the gates lie end to end: an LSTM of H = 100 has 4 units
+// there, and their 16 gates are one register, not four.
 template <int Gates> struct Panels {
   static constexpr int per_group = Gates >= 3 ? 1 : Gates == 2 ? 2 : GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
-  static constexpr int registers = per_group * Gates;
   static Index in_group(Index group, Index panels) { return least(panels - group * per_group, per_group); }
+  static Index registers(Index group, Index H, Index W) {
+    const Index before = (in_group(group, ceil_div(H, W)) - 1), units = H - (group * per_group + before) * W;
+    return before * Gates + ceil_div(Gates * least(W, units), W);
+  }
 };
 
-// The registers of one group of panels: f(a register of units in the packed group, their first row of w, how many)
-template <int Gates, class Gate, class F> void for_each_register(Index H, Index W, Gate gate, Index group, F f) {
+// The registers of one group of panels: f(its place in the group, the row of w in each lane, -1 where there is none)
+template <class T, int Gates, class Gate, class F> void for_each_register(Index H, Gate gate, Index group, F f) {
+  constexpr Index W = Vec<T>::width;
   const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
-  for (Index b = 0; b < panels; ++b)
-    for (int slot = 0; slot < Gates; ++slot)
-      f(b * Gates + slot, gate(slot) * H + (first + b) * W, least(W, H - (first + b) * W));
-}
-template <int Gates> Index group_registers(Index H, Index W, Index group) {
-  return Panels<Gates>::in_group(group, ceil_div(H, W)) * Gates;
+  for (Index b = 0; b < panels; ++b) {
+    const Index unit = (first + b) * W, units = least(W, H - unit);
+    for (Index v = 0; v * W < Gates * units; ++v) {
+      Index rows[W];
+      for (Index lane = 0; lane < W; ++lane) {
+        const int slot = int((v * W + lane) / units);
+        rows[lane] = slot < Gates ? gate(slot) * H + unit + (v * W + lane) % units : -1;
+      }
+      f(b * Gates + v, rows);
+    }
+  }
 }
 
-// packed[group][k][panel in group][slot][lane] = w[gate(slot) * H + unit][k], zero where there is no such unit
+// packed[group][k][register][lane] = w[row in that lane][k], zero where there is none
 template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
   constexpr Index W = Vec<T>::width;
-  const Index registers = group_registers<Gates>(H, W, group);
-  T* out = packed + group * Panels<Gates>::registers * W * K;
-  for_each_register<Gates>(H, W, gate, group, [&](Index v, Index row, Index units) {
+  const Index registers = Panels<Gates>::registers(group, H, W);
+  T* out = packed + group * Panels<Gates>::per_group * Gates * W * K;
+  for_each_register<T, Gates>(H, gate, group, [&](Index v, const Index* rows) {
     for (Index k = 0; k < K; k += W) {
       Vec<T> block[W];
       GATEWISE_UNROLL
       for (Index lane = 0; lane < W; ++lane)
-        block[lane] = lane < units ? Vec<T>::load(w + (row + lane) * K + k, K - k) : Vec<T>(T(0));
+        block[lane] = rows[lane] >= 0 ? Vec<T>::load(w + rows[lane] * K + k, K - k) : Vec<T>(T(0));
       transpose(block);
       GATEWISE_UNROLL
       for (Index i = 0; i < W; ++i)
@@ -148,13 +165,13 @@ template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K
   });
 }
 
-// The inverse, added: w[gate(slot) * H + unit][k] += packed[...]
+// The inverse, added: w[row in that lane][k] += packed[...]
 template <class T, int Gates, class Gate>
 void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
   constexpr Index W = Vec<T>::width;
-  const Index registers = group_registers<Gates>(H, W, group);
-  const T* in = packed + group * Panels<Gates>::registers * W * K;
-  for_each_register<Gates>(H, W, gate, group, [&](Index v, Index row, Index units) {
+  const Index registers = Panels<Gates>::registers(group, H, W);
+  const T* in = packed + group * Panels<Gates>::per_group * Gates * W * K;
+  for_each_register<T, Gates>(H, gate, group, [&](Index v, const Index* rows) {
     for (Index k = 0; k < K; k += W) {
       Vec<T> block[W];
       GATEWISE_UNROLL
@@ -163,8 +180,8 @@ void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w)
       transpose(block);
       GATEWISE_UNROLL
       for (Index lane = 0; lane < W; ++lane) {
-        if (lane >= units) continue;
-        T* to = w + (row + lane) * K + k;
+        if (rows[lane] < 0) continue;
+        T* to = w + rows[lane] * K + k;
         (Vec<T>::load(to, K - k) + block[lane]).store(to, K - k);
       }
     }
@@ -172,7 +189,7 @@ void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w)
 }
 
 // The same matrix for products the other way, gates in and columns out: a column group is up to four registers of
-// columns. packed[group][panel][slot][lane][column] = w[gate(slot) * H + unit][column], zero outside
+// columns. packed[group][panel][slot][unit][column] = w[gate(slot) * H + unit][column]
 constexpr int kColumnRegisters = GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 template <class T> Index column_groups(Index columns) { return ceil_div(columns, kColumnRegisters * Vec<T>::width); }
@@ -180,20 +197,16 @@ template <class T> Index column_groups(Index columns) { return ceil_div(columns,
 template <class T, int Gates, class Gate>
 void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T* packed) {
   constexpr Index W = Vec<T>::width;
-  const Index panels = ceil_div(H, W), first = group * kColumnRegisters * W;
+  const Index first = group * kColumnRegisters * W;
   const Index wide = least(kColumnRegisters, ceil_div(columns, W) - group * kColumnRegisters);
-  T* out = packed + first * panels * Gates * W;
-  for (Index p = 0; p < panels; ++p)
+  T* out = packed + first * Gates * H;
+  for (Index unit = 0; unit < H; unit += W)
     for (int slot = 0; slot < Gates; ++slot)
-      for (Index lane = 0; lane < W; ++lane, out += wide * W) {
-        const Index unit = p * W + lane;
+      for (Index row = gate(slot) * H + unit, end = row + least(W, H - unit); row < end; ++row, out += wide * W)
         for (Index v = 0; v < wide; ++v) {
           const Index column = first + v * W;
-          const Vec<T> row =
-              unit < H ? Vec<T>::load(w + (gate(slot) * H + unit) * columns + column, columns - column) : Vec<T>(T(0));
-          row.store(out + v * W);
+          Vec<T>::load(w + row * columns + column, columns - column).store(out + v * W);
         }
-      }
 }
 
 }}}  // namespace gatewise::GATEWISE_ARCH

@@ -110,18 +110,20 @@ GATEWISE_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 GATEWISE_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>::of(_mm512_fmadd_pd(a.native, b.native, c.native));
 }
+// Known when compiled: otherwise a mask is cheaper than a branch
+GATEWISE_FN bool all_lanes(Index n, int width) { return __builtin_constant_p(n) && n >= width; }
 GATEWISE_FN unsigned first_lanes(Index n, int width) { return n >= width ? (1u << width) - 1 : (1u << n) - 1; }
 template <> GATEWISE_FN Vec<float> Vec<float>::load(const float* p, Index n) {
-  return of(_mm512_maskz_loadu_ps(__mmask16(first_lanes(n, 16)), p));
+  return all_lanes(n, 16) ? load(p) : of(_mm512_maskz_loadu_ps(__mmask16(first_lanes(n, 16)), p));
 }
 template <> GATEWISE_FN Vec<double> Vec<double>::load(const double* p, Index n) {
-  return of(_mm512_maskz_loadu_pd(__mmask8(first_lanes(n, 8)), p));
+  return all_lanes(n, 8) ? load(p) : of(_mm512_maskz_loadu_pd(__mmask8(first_lanes(n, 8)), p));
 }
 template <> GATEWISE_FN void Vec<float>::store(float* p, Index n) const {
-  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n, 16)), native);
+  all_lanes(n, 16) ? store(p) : _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n, 16)), native);
 }
 template <> GATEWISE_FN void Vec<double>::store(double* p, Index n) const {
-  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n, 8)), native);
+  all_lanes(n, 8) ? store(p) : _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n, 8)), native);
 }
 
 #elif defined(__AVX2__)

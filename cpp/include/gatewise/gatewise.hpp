@@ -51,7 +51,7 @@ template <class T> struct Forward {
   int threads;
   const void* packed = nullptr;  // what pack() made of the weights on this arch, which then are not read, or null
   Ticks* ticks = nullptr;        // or null: not measured
-  bool from_the_last = false;  // of the weights: a stream of single steps is faster if every other call says so
+  bool from_the_last = false;    // of the weights: a stream of single steps is faster if every other call says so
 };
 
 template <class T> struct Backward {
