@@ -98,8 +98,9 @@ class Ours(Party):
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
         self.wanted = gradients_of(problem)
-        runs_layer = not problem.trains and self.backend == "cpu" and "reverse" not in problem.options
-        self.layer: Any = self._layer() if runs_layer else None
+        self.layer: Any = None
+        if not problem.trains and self.backend == "cpu" and "reverse" not in problem.options:
+            self.layer = self._layer()
         if "stream" in problem.options:
             self.stream = self.layer.stream(problem.N)
 
@@ -111,8 +112,8 @@ class Ours(Party):
                 y = step(x)
             return y
         if self.layer:
-            state = None if inputs.h0 is None else inputs.h0[None]
-            state = state if inputs.c0 is None else (state, inputs.c0[None])
+            h, c = (None if a is None else a[None] for a in (inputs.h0, inputs.c0))
+            state = h if c is None else (h, c)
             return self.layer.forward(inputs.x, state, inputs.lengths, training=False)
         tape = tape_of(problem, inputs, self.backend, self.threads)
         if not problem.trains:
@@ -137,12 +138,13 @@ class Ours(Party):
         if "stream" in problem.options:
             return None
         ticks = np.zeros(3, np.uint64)
-        kept = {"packed": self.layer._packed[0], "promise": self.layer._promise()} if self.layer else {}
-        weights = self.layer._weights(0, 0) if self.layer else inputs._asdict()
+        weights: dict[str, Any] = {name: getattr(inputs, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")}
+        if self.layer:
+            weights = {**self.layer._weights(0, 0), "packed": self.layer._packed[0], "promise": self.layer._promise()}
         tape = functional._forward(
-            problem.cell, inputs.x, *(weights[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), inputs.h0, inputs.c0,
-            lengths=inputs.lengths, reverse="reverse" in problem.options, backend=self.backend,
-            num_threads=self.threads, training=problem.trains, ticks=ticks, **kept,
+            problem.cell, inputs.x, **weights, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
+            reverse="reverse" in problem.options, backend=self.backend, num_threads=self.threads,
+            training=problem.trains, ticks=ticks,
         )  # fmt: skip
         if problem.trains:
             functional._backward(
