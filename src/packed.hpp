@@ -31,8 +31,8 @@ class PackedWeights {
     std::unique_ptr<char[]> packed;
   };
 
-  // To compare takes a third of the time that packing does: of a call of one row that saves up to half, of a hundred
-  // rows some per cent, and of more it is not worth the memory.
+  // Packing takes up to half of a call of one row, some per cent of one of a hundred, one per cent of one of two
+  // thousand; of more it is not worth the memory.
   static bool pays(const LayerProblem& p) { return p.count_rows() <= kMostRows; }
 
   // The problem's weights packed for its kernels. Needs no GIL.
@@ -57,7 +57,7 @@ class PackedWeights {
   int count() const { return count_; }
 
  private:
-  static constexpr Index kMostRows = 128;
+  static constexpr Index kMostRows = 2048;
 
   using Places = std::array<const void*, 4>;
   struct Seen {  // which weights packed_ was last found to be made of

@@ -64,7 +64,7 @@ int check_random_problems(const std::string& only) {
       const Kernels& cell = arch->kernels->cells[c];
       // Small and odd; then above the threshold at which a team forms, shared by rows, by panels, in several chunks
       for (int k = 0; k < 6; ++k) both(*arch, cell, small(), small());
-      for (const Dims d : {Dims{6, 40, 11, 65}, Dims{4, 5, 20, 258}, Dims{300, 8, 2, 33}}) both(*arch, cell, d, d);
+      for (const Dims d : {Dims{8, 40, 11, 65}, Dims{4, 5, 20, 258}, Dims{300, 8, 2, 33}}) both(*arch, cell, d, d);
     }
   }
   std::printf("%d problems\n", problems);

@@ -388,6 +388,7 @@ def test_calls_from_several_threads(arch: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # by JAX, if the tests of the suite imported it
 def test_fork_after_threads(arch: str) -> None:
     """A child of a process that has used several threads can use several threads."""
     problem = Problem.parse(f"lstm:{SHARED}:f32:train")

@@ -53,11 +53,11 @@ struct Plan {
   int threads;
 };
 
-// Handing a job to another thread costs some microseconds, and so does a barrier in every step.
+// Waking a thread that sleeps takes up to 50 microseconds, and a barrier in every step takes one.
 template <class Cell> Plan plan(const Dims& d, Index rows, int threads) {
   const double step_flops = 2.0 * double(d.N) * Cell::G * double(d.H) * double(d.H);
   const double flops = 2.0 * double(rows) * Cell::G * double(d.H) * double(d.I + d.H);
-  if (threads < 2 || flops < 4e6) return {Sharing::alone, 1};
+  if (threads < 2 || flops < 8e6) return {Sharing::alone, 1};
   if (d.N >= 8 * threads && d.H < 256) return {Sharing::rows, threads};
   if (step_flops >= (d.N < 2 * threads ? 5e4 : 1e6)) return {Sharing::panels, threads};
   if (d.N >= threads) return {Sharing::rows, threads};

@@ -73,6 +73,7 @@ SETS = {
         _all("lstm", "f32", "train nodx infer", f"{_GRID} {_LARGEST}")
         + _all("gru", "f32", "train", f"{_GRID} {_LARGEST}")
         + _all("gru", "f32", "infer", _GRID)
+        + _all("lstm", "f32", "call", "T1,N1,I8,H8")
         + _all("rnn_tanh", "f32", "train", f"{_GRID} {_LARGEST}")
         + _all("rnn_relu", "f32", "train", "T64,N16,I32,H64 T64,N32,I128,H256")
         + _all("lstm gru", "f64", "train", _GRID),
@@ -209,7 +210,7 @@ class WrongAnswer(ValueError):
 def _truth(problem: Problem) -> dict[str, Array]:
     """The results in float64: NumPy's loop, which shares no line with the kernels; the reference for other cells."""
     inputs = draw(problem).astype(np.float64)
-    whole = problem if problem.trains else replace(problem, options=problem.options - {"stream"} | {"infer"})
+    whole = problem if problem.trains else replace(problem, options=problem.options - {"stream", "call"} | {"infer"})
     return (Reference if NumPy.refuses(whole) else NumPy)(whole, inputs, 1).results()
 
 
@@ -728,7 +729,7 @@ def _roofline(rows: Sequence[dict[str, Any]]) -> Any:
     colours = dict(zip(GATES, [colour for colour, _ in LOOKS.values()][1:]))
     for name, pairs in sorted(points.items()):
         cell, dtype, kind = name.split()
-        marker, colour = {"train": "o", "infer": "^", "stream": "s"}[kind], colours[cell]
+        marker, colour = {"train": "o", "infer": "^", "call": "v", "stream": "s"}[kind], colours[cell]
         inside = colour if dtype == "f32" else "none"
         axes.scatter(*zip(*pairs), s=22, marker=marker, facecolor=inside, edgecolor=colour, label=name, alpha=0.8)
     x = np.geomspace(min(r["intensity"] for r in once) / 2, max(r["intensity"] for r in once) * 2, 200)

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from typing import Any, Callable, ClassVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from . import functional
 from .backends import available_cores
-from .problems import GATES, Inputs, Problem, gradients_of, run, tape_of
+from .problems import GATES, Inputs, Problem, gradients_of, run
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -92,14 +93,18 @@ class Ours(Party):
     libraries' do, and for one step a call its stream."""
 
     name = "gatewise"
-    options = Party.options | {"infer", "stream", "lengths", "half", "empty", "reverse", "h0"}
+    options = Party.options | {"infer", "call", "stream", "lengths", "half", "empty", "reverse", "h0"}
     backend = "cpu"
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
         self.wanted = gradients_of(problem)
+        self.forward = partial(
+            functional.forward, problem.cell, *inputs[:7], lengths=inputs.lengths,
+            reverse="reverse" in problem.options, backend=self.backend, num_threads=threads, training=problem.trains,
+        )  # fmt: skip
         self.layer: Any = None
-        if not problem.trains and self.backend == "cpu" and "reverse" not in problem.options:
+        if not problem.trains and self.backend == "cpu" and not problem.options & {"call", "reverse"}:
             self.layer = self._layer()
         if "stream" in problem.options:
             self.stream = self.layer.stream(problem.N)
@@ -115,7 +120,7 @@ class Ours(Party):
             h, c = (None if a is None else a[None] for a in (inputs.h0, inputs.c0))
             state = h if c is None else (h, c)
             return self.layer.forward(inputs.x, state, inputs.lengths, training=False)
-        tape = tape_of(problem, inputs, self.backend, self.threads)
+        tape = self.forward()
         if not problem.trains:
             return tape
         return tape, functional.backward(

@@ -25,7 +25,8 @@ GATES: dict[str, int] = {cell: facts["G"] for cell, facts in _core.cells.items()
 DTYPES: dict[str, Any] = {"f32": np.float32, "f64": np.float64}
 OPTIONS = {
     "train": "forward and backward (the default)",
-    "infer": "forward only",
+    "infer": "forward only, by a layer that holds its weights",
+    "call": "forward only, by a function to which the weights are passed",
     "stream": "forward only, one step a call, the state carried from call to call",
     "lengths": "unequal lengths in any order, with a 0 and a full one as soon as N > 1",
     "half": "unequal lengths of 1 to T - 1 that fill half of the batch",
@@ -72,12 +73,12 @@ class Problem:
 
     @property
     def trains(self) -> bool:
-        return not self.options & {"infer", "stream"}
+        return not self.options & {"infer", "call", "stream"}
 
     @property
     def kind(self) -> str:
-        """train, infer or stream."""
-        return next((kind for kind in ("infer", "stream") if kind in self.options), "train")
+        """train, infer, call or stream."""
+        return next((kind for kind in ("infer", "call", "stream") if kind in self.options), "train")
 
     def without(self, *options: str) -> Problem:
         return replace(self, options=self.options - {*options})
