@@ -148,8 +148,10 @@ def test_nan_and_infinity_go_where_they_go_in_the_reference(cell: str, bad: floa
 
 @pytest.mark.parametrize(
     "shape",
-    ["T7,N3,I5,H33", "T40,N64,I20,H40", "T8,N9,I70,H264", "T40,N3,I8,H260", "T3,N1,I8,H264"]
-    + ["T1,N24,I70,H264", "T1,N48,I300,H250"],  # one step through more weights than a cache holds, by panels and by rows
+    [
+        *("T7,N3,I5,H33", "T40,N64,I20,H40", "T8,N9,I70,H264", "T40,N3,I8,H260", "T3,N1,I8,H264"),
+        *("T1,N24,I70,H264", "T1,N48,I300,H250"),  # one step through more weights than a cache holds: panels, rows
+    ],
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_equal_bits_for_every_thread_count(cell: str, shape: str, arch: str) -> None:
