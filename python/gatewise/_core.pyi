@@ -5,15 +5,20 @@ from typing import Any
 
 compiler: str  # "g++ 12.2.0"
 archs: list[tuple[str, bool]]
+# name: G, S, U, has_c, split (GRU's two parts), product (with w_hh), middle ("none" | "product" | "norm": what stands
+# between the two phases of the cell), normed (gx and gh are standardised)
 cells: dict[str, dict[str, Any]]
 
 def choose_arch() -> str: ...
 def available_cores() -> int: ...
 def choose_num_threads(num_threads: Any) -> tuple[int, str]: ...  # and who said so
 def environment(name: str) -> str | None: ...  # as the C library sees it; os.environ writes to it
+def dropout(x: Any, p: float, seed: int, same_at_every_step: bool) -> Any: ...  # x [T, N, K], a new array
 def evaluate(function: str, x: Any, arch: str) -> Any: ...
 def fma_rate(arch: str, dtype: str, seconds: float) -> float: ...
 
+# `extras`, here and below: None for defaults, or the options of functional.Options that have no place of their own:
+# (w_unit, w_hr, h_mask, reset, reset_to, zoneout_h, zoneout_c, seed, cell_clip, batch_sizes, batch_first, save)
 class Problem:
     def __init__(
         self,
@@ -27,6 +32,7 @@ class Problem:
         c0: Any,
         lengths: Any,
         reverse: bool,
+        extras: tuple[Any, ...] | None = None,
     ) -> None: ...
     @property
     def cell(self) -> str: ...
@@ -42,6 +48,10 @@ class Problem:
     def I(self) -> int: ...
     @property
     def H(self) -> int: ...
+    @property
+    def R(self) -> int: ...
+    @property
+    def U(self) -> int: ...
     @property
     def G(self) -> int: ...
     @property
@@ -88,6 +98,7 @@ def run_forward(
     ticks: Any,
     packed: PackedWeights | None,
     promise: int,
+    extras: tuple[Any, ...] | None,
     /,
 ) -> tuple[Problem, Any, Any, Any, Any, Any]: ...  # problem, y, hn, cn, saved, states
 def run_backward(
@@ -102,7 +113,7 @@ def run_backward(
     num_threads: Any,
     ticks: Any,
     /,
-) -> tuple[Any, Any, Any, Any, Any, Any, Any]: ...
+) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]: ...  # in the order of functional.Gradients
 def forward(
     problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int, ticks: Any = None
 ) -> None: ...

@@ -1,13 +1,14 @@
 """Recurrent layers as functions on arrays: one call is one direction of one layer, forward or backward.
 
-Time-major NumPy arrays in, NumPy arrays out, nothing copied and nothing cast. Shapes use the project's letters:
-T time steps, N batch, I input size, H hidden size, G gates of the cell (lstm i f g o · gru r z n · rnn h).
+Time-major NumPy arrays in, NumPy arrays out, nothing copied and nothing cast (but 16-bit numbers: see `forward`).
+Shapes use the project's letters: T time steps, N batch, I input size, H hidden size, R size of h (H, or that of its
+projection), G gates of the cell (lstm i f g o · gru r z n · rnn h), U blocks of per-unit weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,80 @@ from numpy.typing import NDArray
 from . import _core
 from .backends import choose, choose_num_threads
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Array = NDArray[Any]
 Lengths = Optional[NDArray[np.int64]]
 
 
+class Options(TypedDict, total=False):
+    """What a forward pass may be told by keyword; each may be left out.
+
+    Which steps there are:
+        lengths: int64 [N], the valid steps of each sequence, 0 to T in any order; None: T for all. Outputs past a
+            sequence's end are 0, its final state is the one at its own end, and nothing past the end is read.
+        batch_sizes: int64 [T], positive, not increasing: x is packed as in torch's PackedSequence, [rows, I] with
+            batch_sizes[t] rows of step t after those of step t - 1, the longest sequence first. y, dy, dx and reset
+            are packed alike, N = batch_sizes[0]; the states stay [N, ·] in the order of those rows.
+        batch_first: x, y, dy, dx are [N, T, ·] and reset is [N, T]. The states stay [N, ·].
+        reset: bool [T, N], true at the first step of a new segment: no state passes from step t - 1 to t, or back,
+            nor does a gradient.
+        reset_to: the state in which a segment starts: "initial" (h0 and c0, which then sum the gradients of all
+            their segments) or "zero".
+        reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state after
+            step 0.
+
+    Weights that only some layers have:
+        w_unit: [U*H] the per-unit weights of a cell that has any, block after block (see `gatewise.cells`).
+        w_hr: [R, H] makes h = W_hr (o tanh(c)), torch's `proj_size`; for cells with c.
+
+    Regularisers:
+        h_mask: [N, R] multiplies h wherever it meets w_hh: recurrent dropout with one mask for all steps
+            (Gal & Ghahramani, arXiv 1512.05287, as Keras does it).
+        zoneout_h, zoneout_c: in [0, 1), the probability for a number of h or c to stay what it was (Krueger et al.,
+            arXiv 1606.01305).
+        seed: 0 to 2**64 - 1, which numbers stay: a function of seed, step, row and unit alone. None: the expectation
+            over all seeds, as at inference.
+        cell_clip: c is limited to ±cell_clip before h is made of it.
+
+    How to run:
+        save: what the tape keeps for backward: "all"; "states", h and c, from which backward recomputes the gates to
+            the same bits; "checkpoints", those of every few steps, about √T of them. The reference recomputes always.
+        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
+        num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
+    """
+
+    lengths: Lengths
+    batch_sizes: Lengths
+    batch_first: bool
+    reset: NDArray[np.bool_] | None
+    reset_to: Literal["initial", "zero"]
+    reverse: bool
+    w_unit: Array | None
+    w_hr: Array | None
+    h_mask: Array | None
+    zoneout_h: float
+    zoneout_c: float
+    seed: int | None
+    cell_clip: float | None
+    save: Literal["all", "states", "checkpoints"]
+    backend: str | None
+    num_threads: int | None
+
+
+# The options that have a place of their own among the arguments of _forward, and those that travel as one tuple, in
+# the order of _core.pyi.
+_INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "lengths", "reverse", "extras")  # of _core.Problem
+_PLACED = ("lengths", "reverse", "backend", "num_threads")
+_EXTRAS: dict[str, Any] = {
+    "w_unit": None, "w_hr": None, "h_mask": None, "reset": None, "reset_to": "initial", "zoneout_h": 0.0,
+    "zoneout_c": 0.0, "seed": None, "cell_clip": None, "batch_sizes": None, "batch_first": False, "save": "all",
+}  # fmt: skip
+
+
 class Gradients(NamedTuple):
-    """Gradients by the name of what they belong to, each with its shape; what was not wanted is None."""
+    """Gradients by the name of what they belong to, each with its shape; None: not wanted, or not there."""
 
     dx: Array | None = None
     dh0: Array | None = None
@@ -29,6 +98,25 @@ class Gradients(NamedTuple):
     dw_hh: Array | None = None
     db_ih: Array | None = None
     db_hh: Array | None = None
+    dw_unit: Array | None = None
+    dw_hr: Array | None = None
+
+
+class SecondGradients(NamedTuple):
+    """What `double_backward` returns: gradients by the incoming gradients, then by the inputs of the layer."""
+
+    ddy: Array | None = None
+    ddhn: Array | None = None
+    ddcn: Array | None = None
+    dx: Array | None = None
+    dh0: Array | None = None
+    dc0: Array | None = None
+    dw_ih: Array | None = None
+    dw_hh: Array | None = None
+    db_ih: Array | None = None
+    db_hh: Array | None = None
+    dw_unit: Array | None = None
+    dw_hr: Array | None = None
 
 
 class Tape:
@@ -40,29 +128,36 @@ class Tape:
     Attributes:
         cell: name of the cell, a key of `gatewise.cells()`.
         backend: the backend that ran ("cpu" or "reference").
-        y: [T, N, H] the hidden state after each step, in time order; 0 past a sequence's end.
-        hn, cn: [N, H] the state at the end of each sequence; `cn` is None for a cell without c.
+        y: [T, N, R] the hidden state after each step, in time order; 0 past a sequence's end. [N, T, R] with
+            batch_first, [rows, R] for packed input; so are the leading axes of `gates` and `c`.
+        hn: [N, R] the state at the end of each sequence.
+        cn: [N, H] the same of c; None for a cell without c.
     """
 
-    __slots__ = ("_inputs", "_problem", "_saved", "_states", "backend", "cell", "cn", "hn", "y")
+    __slots__ = (
+        "_inputs", "_problem", "_saved", "_states", "_training", "_wide", "backend", "cell", "cn", "hn", "y",
+    )  # fmt: skip
 
     def __init__(
         self,
         cell: str,
         backend: str,
-        inputs: dict[str, Any],
+        training: bool,
+        inputs: tuple[Any, ...],
         problem: _core.Problem,
         y: Array,
         hn: Array,
         cn: Array | None,
         saved: Array | None,
         states: Array | None,
+        wide: Tape | None = None,
     ) -> None:
-        self._problem = problem
-        self._inputs = inputs  # for the reference; the problem holds them for the kernels
+        self._training, self._problem = training, problem
+        self._inputs = inputs  # those of _core.Problem after the cell
         self.cell, self.backend = cell, backend
         self.y, self.hn, self.cn = y, hn, cn
         self._saved, self._states = saved, states
+        self._wide = wide  # of 16-bit arrays: the tape of the float32 pass that did the work
 
     def __repr__(self) -> str:
         p = self._problem
@@ -70,98 +165,149 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept for the backward pass beyond the inputs and y."""
-        return sum(a.nbytes for a in (self._saved, self._states) if a is not None)
+        """Bytes kept for the backward pass beyond the inputs and y. Of 16-bit arrays, all that was widened counts."""
+        kept = [self._saved, self._states]
+        if self._wide is not None and self._training:
+            wide, own = self._wide, {id(a) for a in _arrays(self._inputs)}
+            kept += [wide.y, *(a for a in _arrays(wide._inputs) if id(a) not in own)]
+        return sum(a.nbytes for a in kept if a is not None)
 
     @property
     def gates(self) -> Array:
-        """[T, N, G, H] the activated gates of every step (a copy); 0 past a sequence's end."""
-        saved, p = self._need_saved(), self._problem
+        """[T, N, G, H] the activated gates of every step (a copy); 0 past a sequence's end.
+
+        Raises:
+            ValueError: the forward pass did not keep them.
+        """
+        saved, p = self._kept(self._saved, "the gates", "all"), self._problem
         if self.backend == "cpu":
             saved = self._unpack(saved, p.S, 0)
-        gates: Array = saved[:, :, : p.G].copy()
+        gates: Array = saved[..., : p.G, :].copy()
         return gates
 
     @property
     def c(self) -> Array | None:
-        """[T, N, H] the cell state after every step, aligned with y (a copy); None for a cell without c."""
-        self._need_saved()
-        if self._states is None:
+        """[T, N, H] the cell state after every step, aligned with y (a copy); None for a cell without c.
+
+        Raises:
+            ValueError: the forward pass did not keep them.
+        """
+        self._need_training()
+        if not self._problem.has_c:
             return None
-        states = self._states
+        states = self._kept(self._states, "every c", "all", "states")
         if self.backend == "cpu":
-            states = self._unpack(states, 1, self._problem.N)[:, :, 0]
+            states = self._unpack(states, 1, self._problem.N)[..., 0, :]
         return np.array(states)
 
     def _unpack(self, buffer: Array, blocks: int, skip: int) -> Array:
         """[panel][skip + packed row][block][lane], the kernels' layout (cpp/cpu/layer.hpp) -> [T, N, blocks, H]"""
         p = self._problem
-        rows = np.empty(p.rows, np.int64)
+        rows, leading = np.empty(p.rows, np.int64), self.y.shape[:-1]
         p.write_rows(rows)
         panels = -(-p.H // p.lanes)
-        out = np.zeros((p.T * p.N, blocks, panels * p.lanes), p.dtype)
+        out = np.zeros((int(np.prod(leading)), blocks, panels * p.lanes), p.dtype)
         packed = buffer.reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
         out[rows] = packed.transpose(1, 2, 0, 3).reshape(p.rows, blocks, panels * p.lanes)
-        unpacked: Array = out.reshape(p.T, p.N, blocks, panels * p.lanes)[..., : p.H]
+        unpacked: Array = out.reshape(*leading, blocks, panels * p.lanes)[..., : p.H]
         return unpacked
 
-    def _need_saved(self) -> Array:
-        if self._saved is None:
+    def _kept(self, array: Array | None, what: str, *saves: str) -> Array:
+        """`array`, which a forward pass keeps if its option `save` is one of `saves`."""
+        self._need_training()
+        extras = self._inputs[-1]
+        save = "all" if extras is None else extras[-1]
+        if array is None or save not in saves:
+            raise ValueError(f"tape: {what} were not kept: save={save!r}; run the forward pass with save={saves[-1]!r}")
+        return array
+
+    def _need_training(self) -> None:
+        if not self._training:
             raise ValueError(
                 "tape: this forward pass kept nothing for backward (training=False); run it with training=True"
             )
-        return self._saved
+
+
+def _arrays(values: Iterable[Any]) -> list[Array]:
+    """The arrays among the inputs of a tape, whose last entry holds the further ones."""
+    *own, extras = values
+    return [a for a in (*own, *(extras or ())) if isinstance(a, np.ndarray)]
 
 
 def forward(
     cell: str,
     x: Array,
     w_ih: Array,
-    w_hh: Array,
+    w_hh: Array | None,
     b_ih: Array | None = None,
     b_hh: Array | None = None,
     h0: Array | None = None,
     c0: Array | None = None,
     *,
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
     training: bool = True,
+    **options: Unpack[Options],
 ) -> Tape:
     """Runs a layer of any cell over a batch of sequences; `rnn`, `lstm` and `gru` are this with the cell named.
 
     Args:
         cell: a key of `gatewise.cells()`.
-        x: [T, N, I] float32 or float64, C-contiguous. Every other array has its dtype, none is cast or copied.
-        w_ih, w_hh: [G*H, I], [G*H, H] weights, gates in PyTorch's order.
-        b_ih, b_hh: [G*H] biases, each may be None for zeros.
-        h0, c0: [N, H] initial state, each may be None for zeros; `c0` only for a cell with c.
-        lengths: int64 [N], the valid steps of each sequence, 0 to T in any order; None means T for all. Outputs
-            past a sequence's end are 0, its final state is the one at its own end, and nothing past the end
-            influences anything.
-        reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state
-            after step 0.
-        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
-        num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
+        x: [T, N, I] (batch_first: [N, T, I], packed: [rows, I]) float32 or float64: any view whose last axis is
+            contiguous. Every other array is C-contiguous and has its dtype; none is cast or copied.
+        w_ih, w_hh: [G*H, I], [G*H, R] weights, gates in PyTorch's order; `w_hh` is None for a cell without that
+            product.
+        b_ih, b_hh: [G*H] biases, each may be None for zeros, and is None for a normalised cell.
+        h0, c0: [N, R], [N, H] initial state, each may be None for zeros; `c0` only for a cell with c.
         training: keep what `backward` needs.
+        options: see `Options`.
+
+    16-bit arrays: if x is float16, or bfloat16 as `ml_dtypes` defines it, each other array may be of x's dtype or
+    float32. The arithmetic is float32's, on widened copies; y, hn and cn are rounded to x's dtype, every gradient to
+    the dtype of what it belongs to.
 
     Subnormal numbers count as zero inside the compiled kernels; the caller's floating-point mode is restored.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
+        TypeError: an option that is none of `Options`.
         MemoryError: the outputs, or what is kept for backward, do not fit into memory.
     """
-    return _forward(
-        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, training,
-    )  # fmt: skip
+    return _run(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training, options)
+
+
+def _run(
+    cell: str,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array | None,
+    b_ih: Array | None,
+    b_hh: Array | None,
+    h0: Array | None,
+    c0: Array | None,
+    training: bool,
+    options: Options,
+) -> Tape:
+    """`forward` with its options as they came."""
+    if not options:
+        return _forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training=training)
+    given: dict[str, Any] = {**options}
+    placed = {name: given.pop(name) for name in _PLACED if name in given}
+    return _forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training=training, extras=_extras(given), **placed)
+
+
+def _extras(options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The tuple of _core.pyi that holds these options; None if every one is at its default."""
+    if unknown := [name for name in options if name not in _EXTRAS]:
+        known = ", ".join(Options.__annotations__)
+        raise TypeError(f"{', '.join(unknown)}: expected options among {known}")
+    extras = {**_EXTRAS, **options}
+    return None if all(extras[name] is default for name, default in _EXTRAS.items()) else tuple(extras.values())
 
 
 def _forward(
     cell: str,
     x: Array,
     w_ih: Array,
-    w_hh: Array,
+    w_hh: Array | None,
     b_ih: Array | None = None,
     b_hh: Array | None = None,
     h0: Array | None = None,
@@ -174,25 +320,62 @@ def _forward(
     ticks: NDArray[np.uint64] | None = None,
     packed: _core.PackedWeights | None = None,
     promise: int = 0,
+    extras: tuple[Any, ...] | None = None,
 ) -> Tape:
-    """`forward`, and for benchmarks `ticks`: uint64 [3], to which the compiled kernels add; `packed` and `promise` are
-    how a layer keeps its weights packed (see _core.pyi)."""
+    """`forward`, its options in their places or in `extras` (see `_extras`). For benchmarks there is `ticks`: uint64
+    [3], to which the compiled kernels add; `packed` and `promise` are how a layer keeps its weights packed (see
+    _core.pyi)."""
+    if isinstance(x, np.ndarray) and x.itemsize == 2 and _is_half(x):
+        half = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
+        return _forward_16_bit(cell, half, backend=backend, num_threads=num_threads, training=training)
     name = choose(backend)
     if name == "cpu":
         run = _core.run_forward(
-            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed, promise
-        )
-        return Tape(cell, name, {}, *run)
+            cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed, promise,
+            *_more(extras),
+        )  # fmt: skip
+        return Tape(cell, name, training, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras), *run)
     from . import reference
 
     choose_num_threads(num_threads)  # no use for it here, but it must be one
-    p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    inputs: dict[str, Any] = {
-        "x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "h0": h0, "c0": c0,
-        "lengths": None if lengths is None else lengths.copy(), "reverse": reverse,
-    }  # fmt: skip
-    out = reference.forward(cell, **inputs)
-    return Tape(cell, name, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
+    p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, *_more(extras))
+    lengths = None if lengths is None else lengths.copy()  # they steer addresses, and the caller may change its array
+    inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
+    out = reference.forward(cell, inputs)
+    return Tape(cell, name, training, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
+
+
+def _more(extras: Any) -> Any:  # until _core takes extras
+    return (extras,) if "U" in _core.cells["lstm"] else ()
+
+
+def _is_half(array: Array) -> bool:
+    return array.dtype == np.float16 or array.dtype.name == "bfloat16"
+
+
+def _forward_16_bit(cell: str, inputs: tuple[Any, ...], *, training: bool, **how: Any) -> Tape:
+    """`_forward` on float32 copies of the arrays that have x's dtype, its outputs rounded to that."""
+    dtype = inputs[0].dtype
+    given = {name: _widened(value, dtype) for name, value in zip(_INPUTS, inputs)}
+    if given["extras"] is not None:
+        given["extras"] = tuple(_widened(value, dtype) for value in given["extras"])
+    tape = _forward(cell, **given, training=training, **how)
+    y, hn, cn = (_rounded(a, dtype) for a in (tape.y, tape.hn, tape.cn))
+    assert y is not None and hn is not None
+    return Tape(cell, tape.backend, training, inputs, tape._problem, y, hn, cn, tape._saved, tape._states, tape)
+
+
+def _widened(value: Any, dtype: Any) -> Any:
+    """An array of that dtype in float32, anything else as it is."""
+    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == dtype else value
+
+
+def _rounded(array: Array | None, dtype: Any) -> Array | None:
+    """`array` in `dtype`; what exceeds its range becomes infinite without a word, as it does on any processor."""
+    if array is None:
+        return None
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def backward(
@@ -208,9 +391,9 @@ def backward(
 
     Args:
         tape: from `forward` or one of its named forms.
-        dy: [T, N, H] gradient of y; None for zeros. What stands past a sequence's end is not read.
-        dhn, dcn: [N, H] gradients of the final state; None for zeros; `dcn` only for a cell with c.
-        wanted: names of `Gradients`' fields; the others are None and not computed. None: all that the cell has.
+        dy: gradient of y, of its shape; None for zeros. What stands past a sequence's end is not read.
+        dhn, dcn: [N, R], [N, H] gradients of the final state; None for zeros; `dcn` only for a cell with c.
+        wanted: names of `Gradients`' fields; the others are None and not computed. None: all that the layer has.
         num_threads: as in `forward`.
 
     Raises:
@@ -231,30 +414,94 @@ def _backward(
     """`backward`, and for benchmarks `ticks`, as in `_forward`."""
     if not isinstance(tape, Tape):
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
-    saved = tape._need_saved()
+    tape._need_training()
+    if tape._wide is not None:
+        dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
+        return Gradients(**_rounded_like_inputs(tape, _backward(tape._wide, dy, dhn, dcn, wanted, num_threads, ticks)))
     p = tape._problem
     names = None if wanted is None else _wanted(wanted, p.has_c)
     if tape.backend == "cpu":
-        return Gradients(*_core.run_backward(p, tape.y, saved, tape._states, dy, dhn, dcn, names, num_threads, ticks))
+        return Gradients(
+            *_core.run_backward(p, tape.y, tape._saved, tape._states, dy, dhn, dcn, names, num_threads, ticks)
+        )
     from . import reference
 
     choose_num_threads(num_threads)
     p.check_incoming(dy, dhn, dcn)
-    given: dict[str, Any] = {"y": tape.y, "saved": saved, "states": tape._states, "dy": dy, "dhn": dhn, "dcn": dcn}
-    every = names if names is not None else _wanted(Gradients._fields, True) - ({"dc0"} if not p.has_c else set())
-    return Gradients(**reference.backward(p.cell, **tape._inputs, **given, wanted=every))
+    grads = reference.backward(p.cell, tape._inputs, dy, dhn, dcn)
+    return Gradients(**{name: grads[name] for name in grads if names is None or name in names})
 
 
-def _wanted(wanted: Iterable[str] | None, has_c: bool) -> frozenset[str]:
-    known = frozenset(name for name in Gradients._fields if has_c or name != "dc0")
-    if wanted is None:
-        return known
+def _rounded_like_inputs(tape: Tape, grads: Any) -> dict[str, Array | None]:
+    """`grads`, each in the dtype of the array it belongs to, or in that of y where none was given."""
+    given = dict(zip(_INPUTS, tape._inputs))
+    given.update(zip(_EXTRAS, given["extras"] or ()))
+    dtypes = {"d" + name: value.dtype for name, value in given.items() if isinstance(value, np.ndarray)}
+    return {name: _rounded(grad, dtypes.get(name, tape.y.dtype)) for name, grad in grads._asdict().items()}
+
+
+def _wanted(wanted: Iterable[str], has_c: bool) -> frozenset[str]:
+    known = [name for name in Gradients._fields if has_c or name != "dc0"]
     names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
     # compared one by one: what came may not be hashable
-    if unknown := [repr(name) for name in names if name not in [*known]]:
-        fields = ", ".join(name for name in Gradients._fields if name in known)
-        raise ValueError(f"wanted: expected names among {fields}; got {', '.join(unknown)}")
+    if unknown := [repr(name) for name in names if name not in known]:
+        raise ValueError(f"wanted: expected names among {', '.join(known)}; got {', '.join(unknown)}")
     return frozenset(names)
+
+
+def double_backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dhn: Array | None = None,
+    dcn: Array | None = None,
+    *,
+    ddx: Array | None = None,
+    ddh0: Array | None = None,
+    ddc0: Array | None = None,
+    ddw_ih: Array | None = None,
+    ddw_hh: Array | None = None,
+    ddb_ih: Array | None = None,
+    ddb_hh: Array | None = None,
+    ddw_unit: Array | None = None,
+    ddw_hr: Array | None = None,
+) -> SecondGradients:
+    """Back-propagates through `backward(tape, dy, dhn, dcn)`: gradients of sum(ddx * dx) + sum(ddh0 * dh0) + ...
+
+    With dd* a direction v in the space of inputs and weights, and the loss L = sum(y dy) + sum(hn dhn) + sum(cn dcn),
+    the fields dx, dh0, ... are the product of L's Hessian with v, and ddy, ddhn, ddcn are the derivatives of y, hn, cn
+    along v. The tape may be of any backend; what computes is the reference, in float64, once forward and backward over
+    complex numbers whose imaginary part carries the derivative along v (the complex step of Squire & Trapp, SIAM
+    Review 40, 1998): exact to rounding, at some three times the reference's time of a forward and backward pass.
+
+    Args:
+        tape, dy, dhn, dcn: as they went into `backward`.
+        ddx, ...: gradients of what `backward` returned, of its shapes; None for zeros. Floating-point arrays.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        ImportError: Numba is not installed.
+    """
+    direction = {
+        "dx": ddx, "dh0": ddh0, "dc0": ddc0, "dw_ih": ddw_ih, "dw_hh": ddw_hh, "db_ih": ddb_ih, "db_hh": ddb_hh,
+        "dw_unit": ddw_unit, "dw_hr": ddw_hr,
+    }  # fmt: skip
+    return _double_backward(tape, dy, dhn, dcn, direction)
+
+
+def _double_backward(
+    tape: Tape, dy: Array | None, dhn: Array | None, dcn: Array | None, direction: dict[str, Array | None]
+) -> SecondGradients:
+    """`double_backward` with the direction by the names of the gradients that it belongs to."""
+    if not isinstance(tape, Tape):
+        raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
+    if tape._wide is not None:
+        dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
+        return SecondGradients(**_rounded_like_inputs(tape, _double_backward(tape._wide, dy, dhn, dcn, direction)))
+    from . import reference
+
+    # Validated again: whoever changed `lengths` since then must not steer the loops out of the arrays.
+    _core.Problem(tape.cell, *tape._inputs[:-1], *_more(tape._inputs[-1])).check_incoming(dy, dhn, dcn)
+    return SecondGradients(**reference.double_backward(tape.cell, tape._inputs, dy, dhn, dcn, direction))
 
 
 def lstm_forward(
@@ -266,13 +513,11 @@ def lstm_forward(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    cell: str = "lstm",
+    **options: Unpack[Options],
 ) -> Tape:
-    """Forward pass of an LSTM, kept for `lstm_backward`. Arguments as in `forward`; 4*H weight rows, gates i f g o."""
-    return _forward("lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads)
+    """Forward pass of an LSTM, or of its kin `cell`="lstm_*", kept for `lstm_backward`. Arguments as in `forward`."""
+    return _run(_cell_of(cell, "lstm"), x, w_ih, w_hh, b_ih, b_hh, h0, c0, True, options)
 
 
 def gru_forward(
@@ -283,13 +528,11 @@ def gru_forward(
     b_hh: Array | None = None,
     h0: Array | None = None,
     *,
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    cell: str = "gru",
+    **options: Unpack[Options],
 ) -> Tape:
-    """Forward pass of a GRU, kept for `gru_backward`. Arguments as in `forward`; 3*H weight rows, gates r z n."""
-    return _forward("gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads)
+    """Forward pass of a GRU, or of its kin `cell`="gru_*", kept for `gru_backward`. Arguments as in `forward`."""
+    return _run(_cell_of(cell, "gru"), x, w_ih, w_hh, b_ih, b_hh, h0, None, True, options)
 
 
 def rnn_forward(
@@ -301,13 +544,10 @@ def rnn_forward(
     h0: Array | None = None,
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    **options: Unpack[Options],
 ) -> Tape:
     """Forward pass of a plain RNN, kept for `rnn_backward`. Arguments as in `forward`; H weight rows."""
-    return _forward(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads)
+    return _run(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, True, options)
 
 
 def rnn_cell(nonlinearity: str) -> str:
@@ -315,6 +555,14 @@ def rnn_cell(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu'; got {nonlinearity!r}")
     return f"rnn_{nonlinearity}"
+
+
+def _cell_of(cell: str, layer: str) -> str:
+    """`cell`, which is `layer` or one of its kin."""
+    if cell != layer and not (isinstance(cell, str) and cell.startswith(layer + "_")):
+        kin = ", ".join(name for name in _core.cells if name.split("_")[0] == layer)
+        raise ValueError(f"cell: expected one of {kin}; got {cell!r}")
+    return cell
 
 
 def lstm_backward(
@@ -355,7 +603,7 @@ def rnn_backward(
 
 
 def _tape_of(tape: Tape, layer: str) -> Tape:
-    if isinstance(tape, Tape) and tape.cell != layer and tape.cell.split("_")[0] != layer:
+    if isinstance(tape, Tape) and tape.cell.split("_")[0] != layer:
         raise ValueError(f"tape: expected the tape of a {layer} forward pass; got that of cell {tape.cell!r}")
     return tape
 
@@ -369,13 +617,11 @@ def lstm(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    cell: str = "lstm",
+    **options: Unpack[Options],
 ) -> tuple[Array, tuple[Array, Array]]:
-    """An LSTM without a tape: y [T, N, H], (hn, cn) [N, H] each. Arguments as in `forward`; gates i f g o."""
-    tape = _forward("lstm", x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False)
+    """An LSTM without a tape: y [T, N, R], hn [N, R] and cn [N, H]. Arguments as in `lstm_forward`; gates i f g o."""
+    tape = _run(_cell_of(cell, "lstm"), x, w_ih, w_hh, b_ih, b_hh, h0, c0, False, options)
     assert tape.cn is not None
     return tape.y, (tape.hn, tape.cn)
 
@@ -388,13 +634,11 @@ def gru(
     b_hh: Array | None = None,
     h0: Array | None = None,
     *,
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    cell: str = "gru",
+    **options: Unpack[Options],
 ) -> tuple[Array, Array]:
-    """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`; gates r z n."""
-    tape = _forward("gru", x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False)
+    """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `gru_forward`; gates r z n."""
+    tape = _run(_cell_of(cell, "gru"), x, w_ih, w_hh, b_ih, b_hh, h0, None, False, options)
     return tape.y, tape.hn
 
 
@@ -407,13 +651,8 @@ def rnn(
     h0: Array | None = None,
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
-    lengths: Lengths = None,
-    reverse: bool = False,
-    backend: str | None = None,
-    num_threads: int | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Array, Array]:
-    """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `forward`."""
-    tape = _forward(
-        rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False
-    )
+    """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `rnn_forward`."""
+    tape = _run(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, False, options)
     return tape.y, tape.hn
