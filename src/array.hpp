@@ -31,6 +31,7 @@ template <> struct Element<double> { static constexpr const char *name = "float6
 template <> struct Element<std::int64_t> { static constexpr const char *name = "int64", *formats = "lq"; };
 template <> struct Element<std::uint64_t> { static constexpr const char *name = "uint64", *formats = "LQ"; };
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
+template <> struct Element<bool> { static constexpr const char *name = "bool", *formats = "?"; };
 
 // A borrowed array: holding it keeps the memory where it is. NumPy's are read as they are, which is many times
 // cheaper than the buffer protocol, through which everything else comes.
@@ -42,7 +43,8 @@ class Array {
     const py::dtype dtype = array.dtype();
     const char order = dtype.byteorder();
     format_ = order == '=' || order == '|' ? dtype.char_() : '\0';
-    keep_shape(array.shape());
+    item_ = dtype.itemsize();
+    keep_shape(array.shape(), array.strides());
     owner_ = std::move(array);
   }
   explicit Array(std::unique_ptr<Py_buffer> view) : data_(view->buf), ndim_(view->ndim), view_(view.release()) {
@@ -50,17 +52,25 @@ class Array {
     const char* format = view_->format ? view_->format : "B";
     format_ = std::strlen(format) == 1 ? *format : '\0';
     const std::uintptr_t item = std::uintptr_t(view_->itemsize ? view_->itemsize : 1);
+    item_ = view_->itemsize;
     flags_ = (PyBuffer_IsContiguous(view_.get(), 'C') ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
              (reinterpret_cast<std::uintptr_t>(data_) % item == 0 ? Flags::NPY_ARRAY_ALIGNED_ : 0) |
              (view_->readonly ? 0 : Flags::NPY_ARRAY_WRITEABLE_);
-    keep_shape(view_->shape);
+    keep_shape(view_->shape, view_->strides);
   }
 
   template <class T> T* data() const { return static_cast<T*>(data_); }
   int ndim() const { return ndim_; }
   py::ssize_t size(int axis) const { return axis < kShown ? first_[axis] : shape_[axis]; }
+  py::ssize_t stride(int axis) const { return strides_[axis]; }  // in bytes, of the first axes
   bool is(const char* formats) const { return format_ != '\0' && std::strchr(formats, format_) != nullptr; }
   bool contiguous() const { return flags_ & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_; }
+  // Whole numbers of elements from row to row, and the numbers of a row side by side
+  bool rows_contiguous() const {
+    bool fits = ndim_ >= 1 && ndim_ <= kShown && item_ > 0 && (first_[ndim_ - 1] == 1 || strides_[ndim_ - 1] == item_);
+    for (int i = 0; fits && i + 1 < ndim_; ++i) fits = strides_[i] % item_ == 0;
+    return fits;
+  }
   bool aligned() const { return flags_ & py::detail::npy_api::NPY_ARRAY_ALIGNED_; }
   bool writable() const { return flags_ & py::detail::npy_api::NPY_ARRAY_WRITEABLE_; }
 
@@ -79,15 +89,17 @@ class Array {
   };
   static constexpr int kShown = 3;  // axes that any argument has: copied, for the caller may reshape its array
 
-  void keep_shape(const py::ssize_t* shape) {
+  void keep_shape(const py::ssize_t* shape, const py::ssize_t* strides) {
     shape_ = shape;
     std::copy(shape, shape + std::min(ndim_, kShown), first_);
+    std::copy(strides, strides + std::min(ndim_, kShown), strides_);
   }
 
   void* data_ = nullptr;
   int ndim_ = 0, flags_ = 0;
+  py::ssize_t item_ = 0;  // bytes of an element
   char format_ = '\0';  // of a single number in the machine's byte order, else 0
-  py::ssize_t first_[kShown] = {};
+  py::ssize_t first_[kShown] = {}, strides_[kShown] = {};
   const py::ssize_t* shape_ = nullptr;  // read only to describe an array that is refused
   py::object owner_;
   std::unique_ptr<Py_buffer, Release> view_;
@@ -98,6 +110,7 @@ struct Expected {
   const char* type;
   const Axes& axes;
   bool writable;
+  bool strided = false;  // any strides, but that of the last axis
 
   std::string text() const {
     std::string names = "(", sizes = "(";
@@ -109,8 +122,8 @@ struct Expected {
       known = known && axis.size >= 0;
     }
     const std::string close = axes.size() == 1 ? ",)" : ")";
-    return std::string(type) + " " + names + close + (known ? " = " + sizes + close : "") + ", C-contiguous" +
-           (writable ? ", writable" : "");
+    return std::string(type) + " " + names + close + (known ? " = " + sizes + close : "") +
+           (strided ? ", last axis contiguous" : ", C-contiguous") + (writable ? ", writable" : "");
   }
 };
 
@@ -149,9 +162,13 @@ inline Array open(py::handle object, const char* name, const Expected& expected)
     array = Array(std::move(view));
   }
   const bool refused = expected.writable && !array.writable();
-  if (array.contiguous() && array.aligned() && !refused) return array;
+  const bool lies_well = array.contiguous() || (expected.strided && array.rows_contiguous());
+  if (lies_well && array.aligned() && !refused) return array;
   fail(name, expected.text(),
-       describe(object, array) + (array.contiguous() ? "" : ", not C-contiguous") +
+       describe(object, array) +
+           (lies_well          ? ""
+            : expected.strided ? ", last axis not contiguous"
+                               : ", not C-contiguous") +
            (array.aligned() ? "" : ", not aligned") + (refused ? ", read-only" : ""));
 }
 

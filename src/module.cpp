@@ -8,6 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include <pybind11/stl.h>
+
+#include "gatewise/random.hpp"
 #include "packed.hpp"
 #include "problem.hpp"
 #include "stream.hpp"
@@ -27,14 +30,26 @@ const Arch& find_arch(const std::string& name) {
 // Every array that a pass writes or reads besides the problem's, in the shapes of this problem
 template <class T> struct Shapes {
   const LayerProblem& p;
-  const Axis T_{"T", p.dims.T}, N_{"N", p.dims.N}, I_{"I", p.dims.I}, H_{"H", p.dims.H};
+  const Axis N_{"N", p.dims.N}, I_{"I", p.dims.I}, H_{"H", p.dims.H}, R_{p.projects() ? "R" : "H", p.dims.R};
   const Axis G_{"H", p.kernels.info.G * p.dims.H, p.kernels.info.G};
+  const Axis U_{"H", p.kernels.info.U * p.dims.H, p.kernels.info.U};
 
   Array out(py::handle o, const char* name, const Axes& axes) const { return borrow_optional<T>(o, name, axes, true); }
   Array in(py::handle o, const char* name, const Axes& axes) const { return borrow_optional<T>(o, name, axes); }
+  // With a row for every step of every sequence
+  Array steps(py::handle o, const char* name, const Axis& last, bool writable) const {
+    return p.with_step_axes(last, [&](const Axes& axes) { return borrow_optional<T>(o, name, axes, writable); });
+  }
   Array buffer(py::handle o, const char* name, std::size_t elements, bool writable) const {
     return borrow_optional<T>(o, name, {{"elements", py::ssize_t(elements)}}, writable);
   }
+};
+
+// Which parts of the tape there are for backward
+struct Kept {
+  bool saved, states;
+  explicit Kept(const LayerProblem& p, bool tape = true)
+      : saved(tape && p.save() == Save::all), states(tape && p.kernels.info.has_c) {}
 };
 
 Array borrow_scratch(py::handle o, std::size_t bytes) {
@@ -89,12 +104,15 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
                                 py::handle states, void* scratch, int threads, py::handle ticks, PackedWeights* kept,
                                 Index promise) {
   const Shapes<T> s{p};
-  const bool has_c = p.kernels.info.has_c, keeps = !saved.is_none();
-  const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}, true), hn_ = borrow<T>(hn, "hn", {s.N_, s.H_}, true),
-              cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
+  const bool has_c = p.kernels.info.has_c;
+  require(y, "y", true, ""), require(hn, "hn", true, "");
+  const Array y_ = s.steps(y, "y", s.R_, true), hn_ = s.out(hn, "hn", {s.N_, s.R_}), cn_ = s.out(cn, "cn", {s.N_, s.H_}),
+              saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
               states_ = s.buffer(states, "states", p.sizes.states, true), ticks_ = borrow_ticks(ticks);
   require(cn, "cn", has_c, kNoC);
-  require(states, "states", has_c && keeps, keeps ? kNoC : kNoTape);
+  if (p.save() != Save::all) require(saved, "saved", false, kNotKept);
+  if (!has_c) require(states, "states", false, kNoC);
+  else if (p.save() == Save::all) require(states, "states", !saved.is_none(), kNoTape);
   Forward<T> call{p.problem<T>(),    y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(),
                   states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
@@ -103,22 +121,43 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
   p.cell<T>().forward(call);
 }
 
+// The gradients, in the order of functional.Gradients
+constexpr const char* kGradients[] = {"dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr"};
+constexpr std::size_t kGradientCount = std::size(kGradients);
+using GradientArrays = std::array<py::object, kGradientCount>;
+
+// Those that the problem has no such thing for, and why
+inline const char* has_no(const LayerProblem& p, const char* gradient) {
+  const CellInfo& info = p.kernels.info;
+  const std::string name = gradient;
+  if (name == "dc0" && !info.has_c) return kNoC;
+  if (name == "dw_hh" && !info.has_product) return kNoProduct;
+  if ((name == "db_ih" || name == "db_hh") && info.normed) return kInUnit;
+  if (name == "dw_unit" && !info.U) return kNoUnit;
+  if (name == "dw_hr" && !p.projects()) return kNoProjection;
+  return nullptr;
+}
+
 template <class T> void backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
-                                 py::handle dy, py::handle dhn, py::handle dcn, py::handle dx, py::handle dh0,
-                                 py::handle dc0, py::handle dw_ih, py::handle dw_hh, py::handle db_ih, py::handle db_hh,
+                                 py::handle dy, py::handle dhn, py::handle dcn, const GradientArrays& out,
                                  void* scratch, int threads, py::handle ticks) {
   const Shapes<T> s{p};
-  const bool has_c = p.kernels.info.has_c;
-  const Array y_ = borrow<T>(y, "y", {s.T_, s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, false),
-              states_ = s.buffer(states, "states", p.sizes.states, false), dy_ = s.in(dy, "dy", {s.T_, s.N_, s.H_}),
-              dhn_ = s.in(dhn, "dhn", {s.N_, s.H_}), dcn_ = s.in(dcn, "dcn", {s.N_, s.H_}),
-              dx_ = s.out(dx, "dx", {s.T_, s.N_, s.I_}), dh0_ = s.out(dh0, "dh0", {s.N_, s.H_}),
+  const Kept kept(p);
+  const auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_unit, dw_hr] = out;
+  require(y, "y", true, "");
+  const Array y_ = s.steps(y, "y", s.R_, false), saved_ = s.buffer(saved, "saved", p.sizes.saved, false),
+              states_ = s.buffer(states, "states", p.sizes.states, false), dy_ = s.steps(dy, "dy", s.R_, false),
+              dhn_ = s.in(dhn, "dhn", {s.N_, s.R_}), dcn_ = s.in(dcn, "dcn", {s.N_, s.H_}),
+              dx_ = s.steps(dx, "dx", s.I_, true), dh0_ = s.out(dh0, "dh0", {s.N_, s.R_}),
               dc0_ = s.out(dc0, "dc0", {s.N_, s.H_}), dw_ih_ = s.out(dw_ih, "dw_ih", {s.G_, s.I_}),
-              dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.H_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
-              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), ticks_ = borrow_ticks(ticks);
-  require(saved, "saved", true, kNoTape);
-  require(states, "states", has_c, kNoC);
-  if (!has_c) require(dcn, "dcn", false, kNoC), require(dc0, "dc0", false, kNoC);
+              dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.R_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
+              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), dw_unit_ = s.out(dw_unit, "dw_unit", {s.U_}),
+              dw_hr_ = s.out(dw_hr, "dw_hr", {s.R_, s.H_}), ticks_ = borrow_ticks(ticks);
+  require(saved, "saved", kept.saved, kNotKept);
+  require(states, "states", kept.states, kNoC);
+  if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
+  for (std::size_t i = 0; i < kGradientCount; ++i)
+    if (const char* reason = has_no(p, kGradients[i])) require(out[i], kGradients[i], false, reason);
   const Backward<T> call{p.problem<T>(),
                          y_.data<const T>(),
                          saved_.data<const T>(),
@@ -133,6 +172,8 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
                          dw_hh_.data<T>(),
                          db_ih_.data<T>(),
                          db_hh_.data<T>(),
+                         dw_unit_.data<T>(),
+                         dw_hr_.data<T>(),
                          scratch,
                          threads,
                          ticks_of(ticks_)};
@@ -140,24 +181,31 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
   p.cell<T>().backward(call);
 }
 
+// An array with a row of `last` numbers for every step of every sequence
+template <class T> py::object empty_steps(const LayerProblem& p, Index last) {
+  const auto [Ts, N, I, H, R] = p.dims;
+  if (p.layout == Layout::packed) return empty<T>({p.count_rows(), last});
+  return p.layout == Layout::batch_major ? empty<T>({N, Ts, last}) : empty<T>({Ts, N, last});
+}
+
 // (problem, y, hn, cn, saved, states): the last three None where there is none. packed: the layer's
 // PackedWeights, or None
 py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
                       py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle num_threads,
-                      bool training, py::handle ticks, py::handle packed, Index promise) {
+                      bool training, py::handle ticks, py::handle packed, Index promise, py::handle extras) {
   // Not an argument of its own type: pybind11 would go through all arguments twice before it takes None for one.
   PackedWeights* const kept = packed.is_none() ? nullptr : packed.cast<PackedWeights*>();
   const Threads threads = choose_threads(num_threads);
-  auto problem = std::make_unique<LayerProblem>(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse);
+  auto problem = std::make_unique<LayerProblem>(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras);
   const LayerProblem& p = *problem;
-  const auto [T, N, I, H] = p.dims;
-  const bool has_c = p.kernels.info.has_c;
-  const auto run = [&, T = T, N = N, H = H](auto zero) {
+  const Kept tape(p, training);
+  const auto run = [&](auto zero) {
     using E = decltype(zero);
-    const py::object y = empty<E>({T, N, H}), hn = empty<E>({N, H});
-    const py::object cn = has_c ? empty<E>({N, H}) : py::none();
-    const py::object saved = training ? empty<E>({py::ssize_t(p.sizes.saved)}) : py::none();
-    const py::object states = training && has_c ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
+    const auto [Ts, N, I, H, R] = p.dims;
+    const py::object y = empty_steps<E>(p, R), hn = empty<E>({N, R});
+    const py::object cn = p.kernels.info.has_c ? empty<E>({N, H}) : py::none();
+    const py::object saved = tape.saved ? empty<E>({py::ssize_t(p.sizes.saved)}) : py::none();
+    const py::object states = tape.states ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
     forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks,
                kept && PackedWeights::pays(p) ? kept : nullptr, promise);
@@ -166,39 +214,40 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
   return p.typed(run);
 }
 
-// The gradients in the order of functional.Gradients: those whose names are in the set `wanted`, or all that the cell
-// has if that is None; the others are None.
+// The gradients whose names are in the set `wanted`, or all that the problem has if that is None; the others are None.
 py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy,
                        py::handle dhn, py::handle dcn, py::handle wanted, py::handle num_threads, py::handle ticks) {
   const Threads threads = choose_threads(num_threads);
-  const auto [T, N, I, H] = p.dims;
-  const py::ssize_t rows = p.kernels.info.G * H;
-  const bool has_c = p.kernels.info.has_c;
-  const auto is_wanted = [&](const char* name) {
-    return wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(name).ptr()) == 1;
-  };
-  const auto run = [&, T = T, N = N, I = I, H = H](auto zero) {
+  const auto run = [&](auto zero) {
     using E = decltype(zero);
-    using Shape = std::initializer_list<py::ssize_t>;
-    const auto overwritten = [&](const char* name, Shape shape) {
-      return is_wanted(name) ? empty<E>(shape) : py::none();
-    };
-    const auto added_to = [&](const char* name, Shape shape) {
-      py::object array = overwritten(name, shape);
-      if (!array.is_none()) {
-        py::array numbers = py::reinterpret_borrow<py::array>(array);
-        std::memset(numbers.mutable_data(), 0, std::size_t(numbers.nbytes()));
+    const auto [Ts, N, I, H, R] = p.dims;
+    const py::ssize_t rows = p.kernels.info.G * H, own = p.kernels.info.U * H;
+    GradientArrays out;
+    for (std::size_t i = 0; i < kGradientCount; ++i) {
+      const bool is_wanted =
+          wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(kGradients[i]).ptr()) == 1;
+      if (!is_wanted || has_no(p, kGradients[i])) {
+        out[i] = py::none();
+        continue;
       }
-      return array;
-    };
-    const py::object dx = overwritten("dx", {T, N, I}), dh0 = overwritten("dh0", {N, H});
-    const py::object dc0 = has_c ? overwritten("dc0", {N, H}) : py::none();
-    const py::object dw_ih = added_to("dw_ih", {rows, I}), dw_hh = added_to("dw_hh", {rows, H});
-    const py::object db_ih = added_to("db_ih", {rows}), db_hh = added_to("db_hh", {rows});
+      switch (i) {
+        case 0: out[i] = empty_steps<E>(p, I); break;
+        case 1: out[i] = empty<E>({N, R}); break;
+        case 2: out[i] = empty<E>({N, H}); break;
+        case 3: out[i] = empty<E>({rows, I}); break;
+        case 4: out[i] = empty<E>({rows, R}); break;
+        case 5:
+        case 6: out[i] = empty<E>({rows}); break;
+        case 7: out[i] = empty<E>({own}); break;
+        default: out[i] = empty<E>({R, H});
+      }
+      if (i < 3) continue;  // overwritten; the weights' are added to
+      py::array numbers = py::reinterpret_borrow<py::array>(out[i]);
+      std::memset(numbers.mutable_data(), 0, std::size_t(numbers.nbytes()));
+    }
     Scratch scratch(p.sizes.backward_scratch);
-    backward<E>(p, y, saved, states, dy, dhn, dcn, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, scratch.data(),
-                threads_for(p, threads), ticks);
-    return py::make_tuple(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh);
+    backward<E>(p, y, saved, states, dy, dhn, dcn, out, scratch.data(), threads_for(p, threads), ticks);
+    return py::make_tuple(out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]);
   };
   return p.typed(run);
 }
@@ -206,9 +255,60 @@ py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py
 // The gradients that come in, for backends that do not go through backward
 template <class T> void check_incoming(const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {
   const Shapes<T> s{p};
-  s.in(dy, "dy", {s.T_, s.N_, s.H_}), s.in(dhn, "dhn", {s.N_, s.H_});
+  s.steps(dy, "dy", s.R_, false), s.in(dhn, "dhn", {s.N_, s.R_});
   s.in(dcn, "dcn", {s.N_, s.H_});
   if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
+}
+
+// x with every number zeroed with probability p, the others divided by 1 - p: in the layouts of a layer's x. The mask
+// is a function of seed, step, sequence and number; with `same` every step has that of step 0.
+template <class T> py::object drop_out(const Array& x, double p, std::uint64_t seed, bool same, bool batch_first,
+                                       const std::vector<Index>& batch_sizes) {
+  const bool packed = x.ndim() == 2;
+  const Index width = x.size(x.ndim() - 1), steps = packed ? Index(batch_sizes.size()) : x.size(batch_first);
+  const Index item = sizeof(T), N = packed ? 0 : x.size(!batch_first);
+  const Index step = x.stride(packed ? 0 : batch_first) / item, sequence = x.stride(packed ? 0 : !batch_first) / item;
+  const py::object result = packed        ? empty<T>({x.size(0), width})
+                            : batch_first ? empty<T>({N, steps, width})
+                                          : empty<T>({steps, N, width});
+  T* out = static_cast<T*>(py::reinterpret_borrow<py::array>(result).mutable_data());
+  const ArchKernels& kernels = *choose_arch().kernels;
+  const py::gil_scoped_release release;
+  const auto drop = [&](const T* from, T* to, Index t, Index n) {
+    const std::uint64_t key = random_key(seed, same ? 0 : t, n);
+    if constexpr (sizeof(T) == 4) kernels.f32.dropout(from, to, width, key, p);
+    else kernels.f64.dropout(from, to, width, key, p);
+  };
+  const T* from = x.data<const T>();
+  Index row = 0;
+  for (Index t = 0; t < steps; ++t)
+    for (Index n = 0; n < (packed ? batch_sizes[std::size_t(t)] : N); ++n, ++row) {
+      const Index place = packed ? row : batch_first ? n * steps + t : row;
+      drop(from + (packed ? row * step : t * step + n * sequence), out + place * width, t, n);
+    }
+  return result;
+}
+
+py::object dropout(py::handle x, py::handle p, py::handle seed, py::handle same, py::handle batch_first,
+                   py::handle batch_sizes) {
+  const double probability = real_number(p, "p", "a probability in [0, 1)", 0, 1, true);
+  const std::uint64_t number = LayerProblem::whole_seed(seed);
+  const bool same_mask = truth(same, "same_at_every_step"), by_batch = truth(batch_first, "batch_first");
+  const Axes axes[] = {{{"T", -1}, {"N", -1}, {"width", -1}}, {{"rows", -1}, {"width", -1}}};
+  const Axes& expected = axes[!batch_sizes.is_none()];
+  std::vector<Index> sizes;
+  const Array array = open(x, "x", {"float32 or float64", expected, false, true});
+  array.is("d") ? check<double>(array, x, "x", expected) : check<float>(array, x, "x", expected);
+  if (!batch_sizes.is_none()) {
+    const Array given = borrow<Index>(batch_sizes, "batch_sizes", {{"T", -1}});
+    sizes.assign(given.data<const Index>(), given.data<const Index>() + given.size(0));
+    Index rows = 0;
+    for (const Index size : sizes) rows += size < 0 ? array.size(0) + 1 : size;
+    if (rows != array.size(0))
+      fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(array.size(0)), std::to_string(rows));
+  }
+  return array.is("d") ? drop_out<double>(array, probability, number, same_mask, by_batch, sizes)
+                       : drop_out<float>(array, probability, number, same_mask, by_batch, sizes);
 }
 
 template <class T> void run_map(const Functions<T>& functions, const std::string& name, py::handle x, py::handle y) {
@@ -278,7 +378,9 @@ py::dict list_cells() {
   for (int i = 0; i < any.cell_count; ++i) {
     const CellInfo& c = any.cells[i].info;
     cells[c.name] =
-        py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("has_c") = c.has_c, py::arg("split") = c.split);
+        py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("U") = c.U, py::arg("has_c") = c.has_c,
+                 py::arg("split") = c.split, py::arg("product") = c.has_product, py::arg("normed") = c.normed,
+                 py::arg("middle") = c.middle);
   }
   return cells;
 }
@@ -305,13 +407,15 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("environment", [](const char* name) { return std::getenv(name); }, py::arg("name"));
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("arch"));
 
+  m.def("dropout", &dropout, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("same_at_every_step") = false,
+        py::arg("batch_first") = false, py::arg("batch_sizes") = py::none());
   m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
 
   py::class_<LayerProblem>(m, "Problem")
       .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
-                    py::handle, py::handle>(),
+                    py::handle, py::handle, py::handle>(),
            py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"),
-           py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"))
+           py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"), py::arg("extras") = py::none())
       .def_property_readonly("cell", [](const LayerProblem& p) { return p.kernels.info.name; })
       .def_property_readonly("arch", [](const LayerProblem& p) { return p.arch.name; })
       .def_property_readonly("dtype", [](const LayerProblem& p) { return p.is_double ? "float64" : "float32"; })
@@ -319,6 +423,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       .def_property_readonly("N", [](const LayerProblem& p) { return p.dims.N; })
       .def_property_readonly("I", [](const LayerProblem& p) { return p.dims.I; })
       .def_property_readonly("H", [](const LayerProblem& p) { return p.dims.H; })
+      .def_property_readonly("R", [](const LayerProblem& p) { return p.dims.R; })
+      .def_property_readonly("U", [](const LayerProblem& p) { return p.kernels.info.U; })
       .def_property_readonly("G", [](const LayerProblem& p) { return p.kernels.info.G; })
       .def_property_readonly("S", [](const LayerProblem& p) { return p.kernels.info.S; })
       .def_property_readonly("has_c", [](const LayerProblem& p) { return p.kernels.info.has_c; })
@@ -376,16 +482,13 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "backward",
       [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
-         py::handle dcn, py::handle dx, py::handle dh0, py::handle dc0, py::handle dw_ih, py::handle dw_hh,
-         py::handle db_ih, py::handle db_hh, py::handle scratch, int threads, py::handle ticks) {
+         py::handle dcn, const GradientArrays& gradients, py::handle scratch, int threads, py::handle ticks) {
         const Array lent = borrow_scratch(scratch, p.sizes.backward_scratch);
         check_threads(threads);
         p.typed([&](auto zero) {
-          backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh,
-                                   lent.data<void>(), threads, ticks);
+          backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, gradients, lent.data<void>(), threads, ticks);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),
-      py::arg("dcn"), py::arg("dx"), py::arg("dh0"), py::arg("dc0"), py::arg("dw_ih"), py::arg("dw_hh"),
-      py::arg("db_ih"), py::arg("db_hh"), py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
+      py::arg("dcn"), py::arg("gradients"), py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
 }

@@ -22,12 +22,13 @@ template <class T> std::unique_ptr<char[]> pack(const LayerProblem& p, const Pro
 
 class PackedWeights {
  public:
+  static constexpr std::size_t kWeights = 6;
   // What was packed is never written again: a call that runs on it while another packs anew keeps it alive.
   struct Packed {
     const Kernels* kernels;  // of one cell on one arch
     bool is_double;
     Dims dims;
-    std::array<std::vector<char>, 4> weights;
+    std::array<std::vector<char>, kWeights> weights;
     std::unique_ptr<char[]> packed;
   };
 
@@ -59,7 +60,7 @@ class PackedWeights {
  private:
   static constexpr Index kMostRows = 2048;
 
-  using Places = std::array<const void*, 4>;
+  using Places = std::array<const void*, kWeights>;
   struct Seen {  // which weights packed_ was last found to be made of
     Index promise = 0;
     Places places{};
@@ -75,13 +76,15 @@ class PackedWeights {
     const T* values;
     std::size_t bytes;
   };
-  template <class T> static std::array<Span<T>, 4> weights_of(const LayerProblem& p) {
+  template <class T> static std::array<Span<T>, kWeights> weights_of(const LayerProblem& p) {
     const Weights<T> w = p.problem<T>().weights;
-    const std::size_t rows = std::size_t(p.kernels.info.G * p.dims.H) * sizeof(T);
+    const std::size_t hidden = std::size_t(p.dims.H) * sizeof(T), rows = std::size_t(p.kernels.info.G) * hidden;
     return {{{w.w_ih, rows * std::size_t(p.dims.I)},
-             {w.w_hh, rows * std::size_t(p.dims.H)},
+             {w.w_hh, w.w_hh ? rows * std::size_t(p.dims.R) : 0},
              {w.b_ih, w.b_ih ? rows : 0},
-             {w.b_hh, w.b_hh ? rows : 0}}};
+             {w.b_hh, w.b_hh ? rows : 0},
+             {w.w_unit, w.w_unit ? hidden * std::size_t(p.kernels.info.U) : 0},
+             {w.w_hr, w.w_hr ? hidden * std::size_t(p.dims.R) : 0}}};
   }
 
   template <class T> static Places places_of(const LayerProblem& p) {
@@ -92,7 +95,7 @@ class PackedWeights {
   }
   template <class T> static bool is_for(const Packed& packed, const LayerProblem& p) {
     return packed.kernels == &p.kernels && packed.is_double == p.is_double && packed.dims.I == p.dims.I &&
-           packed.dims.H == p.dims.H;
+           packed.dims.H == p.dims.H && packed.dims.R == p.dims.R;
   }
   template <class T> static bool has_weights_of(const Packed& packed, const LayerProblem& p) {
     const auto weights = weights_of<T>(p);
@@ -108,14 +111,14 @@ class PackedWeights {
   template <class T> static std::shared_ptr<const Packed> make(const LayerProblem& p) {
     auto packed = std::make_shared<Packed>(Packed{&p.kernels, p.is_double, p.dims, {}, nullptr});
     const auto weights = weights_of<T>(p);
-    std::array<const T*, 4> copies{};
+    std::array<const T*, kWeights> copies{};
     for (std::size_t k = 0; k < weights.size(); ++k) {
       const char* bytes = reinterpret_cast<const char*>(weights[k].values);
       if (bytes) packed->weights[k].assign(bytes, bytes + weights[k].bytes);
       if (bytes) copies[k] = reinterpret_cast<const T*>(packed->weights[k].data());
     }
     Problem<T> problem = p.problem<T>();
-    problem.weights = {copies[0], copies[1], copies[2], copies[3]};
+    problem.weights = {copies[0], copies[1], copies[2], copies[3], copies[4], copies[5]};
     packed->packed = pack<T>(p, problem);
     return packed;
   }

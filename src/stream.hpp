@@ -18,19 +18,22 @@ class AnySteps {
   virtual void reset(py::handle h, py::handle c) = 0;
 };
 
-// The part that knows the element type. h and c are [L, N, H], twice: a step reads one and writes the other.
+// The part that knows the element type. h is [L, N, R], c [L, N, H], twice: a step reads one and writes the other.
 template <class T> class Steps final : public AnySteps {
  public:
   Steps(const std::vector<const LayerProblem*>& problems, int threads)
       : L(Index(problems.size())), N(problems[0]->dims.N), I(problems[0]->dims.I), H(problems[0]->dims.H),
-        threads_(threads), y_(empty<T>({N, H})), inner_y_(std::size_t(N * H)) {
+        R(problems[0]->dims.R), threads_(threads), y_(empty<T>({N, R})), inner_y_(std::size_t(N * R)) {
     std::size_t scratch = 0;
     for (const LayerProblem* p : problems) {
-      layers_.push_back({&p->cell<T>(), p->dims.I, pack<T>(*p, p->problem<T>())});
+      layers_.push_back({&p->cell<T>(), p->problem<T>(), pack<T>(*p, p->problem<T>())});
+      // Nothing is read there: what lies there now may be gone by then. Only whether there is a projection counts.
+      Weights<T>& weights = layers_.back().problem.weights;
+      weights = {nullptr, nullptr, nullptr, nullptr, nullptr, weights.w_hr ? y_numbers() : nullptr};
       scratch = std::max(scratch, p->sizes.forward_scratch);
     }
     scratch_.reset(new char[scratch]);
-    for (int k = 0; k < 2; ++k) h_[k].resize(std::size_t(L * N * H)), c_[k].resize(std::size_t(L * N * H));
+    for (int k = 0; k < 2; ++k) h_[k].resize(std::size_t(L * N * R)), c_[k].resize(std::size_t(L * N * H));
   }
 
   // x may be the output of the step before, which is written when x has been read.
@@ -40,22 +43,22 @@ template <class T> class Steps final : public AnySteps {
       const WhileComputing others_may_run(tiny);
       run(input.data<const T>());
     }
-    std::memcpy(numbers(y_), h_[now_].data() + (L - 1) * N * H, std::size_t(N * H) * sizeof(T));
+    std::memcpy(numbers(y_), h_[now_].data() + (L - 1) * N * R, std::size_t(N * R) * sizeof(T));
     return y_;
   }
 
   py::tuple state() const override {
-    const auto copy = [&](const std::vector<T>& from) {
-      const py::object array = empty<T>({L, N, H});
+    const auto copy = [&](const std::vector<T>& from, Index width) {
+      const py::object array = empty<T>({L, N, width});
       std::copy(from.begin(), from.end(), numbers(array));
       return array;
     };
-    return py::make_tuple(copy(h_[now_]), copy(c_[now_]));
+    return py::make_tuple(copy(h_[now_], R), copy(c_[now_], H));
   }
 
   void reset(py::handle h, py::handle c) override {
-    const Axis l{"L", L}, n{"N", N}, j{"H", H};
-    const Array new_h = borrow_optional<T>(h, "h", {l, n, j}), new_c = borrow_optional<T>(c, "c", {l, n, j});
+    const Axis l{"L", L}, n{"N", N}, j{"H", H}, r{R == H ? "H" : "R", R};
+    const Array new_h = borrow_optional<T>(h, "h", {l, n, r}), new_c = borrow_optional<T>(c, "c", {l, n, j});
     fill(h_[now_], new_h.data<const T>()), fill(c_[now_], new_c.data<const T>());
     from_zeros_ = h.is_none();
   }
@@ -63,10 +66,11 @@ template <class T> class Steps final : public AnySteps {
  private:
   struct Layer {
     const CellKernels<T>* kernels;
-    Index I;
+    Problem<T> problem;
     std::unique_ptr<char[]> packed;
   };
 
+  const T* y_numbers() const { return numbers(y_); }
   static T* numbers(const py::object& array) {
     return reinterpret_cast<T*>(py::detail::array_proxy(array.ptr())->data);
   }
@@ -79,19 +83,20 @@ template <class T> class Steps final : public AnySteps {
     const int next = 1 - now_;
     for (Index l = 0; l < L; ++l) {
       const Layer& layer = layers_[std::size_t(l)];
-      const Index at = l * N * H;
-      const T* h0 = from_zeros_ ? nullptr : h_[now_].data() + at;  // as the first of many steps would be computed
-      const Sequence<T> sequence{x, h0, c_[now_].data() + at, nullptr, false};
-      const Problem<T> problem{{1, N, layer.I, H}, {}, sequence};
-      T* h = h_[next].data() + at;
-      layer.kernels->forward({problem, inner_y_.data(), h, c_[next].data() + at, nullptr, nullptr, scratch_.get(),
+      const Index of_h = l * N * R, of_c = l * N * H;
+      Problem<T> problem = layer.problem;
+      problem.sequence.x = x;
+      problem.sequence.h0 = from_zeros_ ? nullptr : h_[now_].data() + of_h;  // as the first of many steps
+      problem.sequence.c0 = c_[now_].data() + of_c;
+      T* h = h_[next].data() + of_h;
+      layer.kernels->forward({problem, inner_y_.data(), h, c_[next].data() + of_c, nullptr, nullptr, scratch_.get(),
                               threads_, layer.packed.get(), nullptr, now_ == 1});
       x = h;
     }
     now_ = next, from_zeros_ = false;
   }
 
-  const Index L, N, I, H;
+  const Index L, N, I, H, R;
   const int threads_;
   const py::object y_;      // what every step returns
   std::vector<T> inner_y_;  // what the kernels call y; one step of it is h as well

@@ -23,19 +23,33 @@ template <class T> T fma_chains(std::size_t rounds) {
   return sum;
 }
 
+template <class T> void dropout(const T* x, T* y, Index n, std::uint64_t key, double p) {
+  using V = Vec<T>;
+  const V scale(T(1 / (1 - p)));
+  for (Index k = 0; k < n; k += V::width) {
+    const auto bits = random_bits(key, V::lane_numbers() + std::uint32_t(k));
+    const V kept = select((typename V::Integer)(bits >> 1) < random_limit(p), V(0), scale);
+    (V::load(x + k, n - k) * kept).store(y + k, n - k);
+  }
+}
+
 template <class T> constexpr Functions<T> functions() {
   return {[](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return exp(v); }); },
           [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return tanh(v); }); },
-          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }, fma_chains<T>,
+          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }, dropout<T>, fma_chains<T>,
           2 * kAccumulators * int(Vec<T>::width)};
 }
 
 template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {
   return {sizes<Cell, T>, pack_weights<Cell, T>, forward<Cell, T>, backward<Cell, T>};
 }
+constexpr const char* middle_name(Middle middle) {
+  return middle == Middle::product ? "product" : middle == Middle::norm ? "norm" : "none";
+}
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {
-  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::has_c, Cell::split},
+  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::U, Cell::has_c, Cell::split, Cell::has_product,
+                                       Cell::normed, middle_name(Cell::middle)},
                                       cell_kernels<Cell, float>(),
                                       cell_kernels<Cell, double>()}...};
 };

@@ -1,7 +1,7 @@
 // Rows: the order in which kernels walk a batch. Sequences are sorted by length, longest first, so that at step s
 // the live ones are a prefix, and work is proportional to the steps that exist. A packed row is one live (s, i)
 // pair, i being the sorted position; everything the kernels keep for themselves is stored by packed row. Lengths,
-// order and direction are therefore nothing but `time_row`, the place of a packed row in the caller's arrays.
+// order, direction and layout are therefore nothing but `place` and `x_at`, where a packed row is in the caller's arrays.
 #pragma once
 #include "gatewise/arch.hpp"
 #include "gatewise/gatewise.hpp"
@@ -37,6 +37,10 @@ inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 template <class T> Index length_of(const Problem<T>& p, Index n) {
   return p.sequence.lengths ? p.sequence.lengths[n] : p.dims.T;
 }
+// Where in time the walk through a sequence is at its step s
+template <class T> Index time_of(const Problem<T>& p, Index s, Index n) {
+  return p.sequence.reverse ? length_of(p, n) - 1 - s : s;
+}
 template <class T> Index count_rows(const Problem<T>& p) {
   if (!p.sequence.lengths) return p.dims.T * p.dims.N;
   Index rows = 0;
@@ -45,19 +49,21 @@ template <class T> Index count_rows(const Problem<T>& p) {
 }
 
 struct Rows {
-  Index count;      // live (s, i) pairs
-  Index* order;     // [N] sorted position -> n
-  Index* offset;    // [T+1] first packed row of step s
-  Index* time_row;  // [count] packed row -> t * N + n
+  Index count;    // live (s, i) pairs
+  Index* order;   // [N] sorted position -> n
+  Index* offset;  // [T+1] first packed row of step s
+  Index* place;   // [count] packed row -> its row of y, dy, dx and reset
+  Index* x_at;    // [count] packed row -> where in x its numbers begin
 
   Rows(Arena& arena, Index T, Index N, Index count)
-      : count(count), order(arena.take<Index>(N)), offset(arena.take<Index>(T + 1)),
-        time_row(arena.take<Index>(count)) {}
+      : count(count), order(arena.take<Index>(N)), offset(arena.take<Index>(T + 1)), place(arena.take<Index>(count)),
+        x_at(arena.take<Index>(count)) {}
 
   Index live(Index s) const { return offset[s + 1] - offset[s]; }
 
   template <class T> void fill(const Problem<T>& p) {
     const Index steps = p.dims.T, N = p.dims.N;
+    const Sequence<T>& of = p.sequence;
     // Counting sort. Before placing, offset[l] = sequences longer than l, the first position of length l;
     // placing advances it to sequences of length l or more, which is the live count of step l - 1.
     for (Index l = 0; l <= steps; ++l) offset[l] = 0;
@@ -71,10 +77,13 @@ struct Rows {
     offset[0] = 0;
     for (Index s = 0; s < steps; ++s) offset[s + 1] += offset[s];
 
+    const bool packed = of.layout == Layout::packed;  // there the order is the caller's own, and so is `offset`
+    const Index per_step = of.layout == Layout::time_major ? N : 1, per_sequence = of.layout == Layout::time_major ? 1 : steps;
     for (Index s = 0; s < steps; ++s)
       for (Index i = 0; i < live(s); ++i) {
-        const Index n = order[i], t = p.sequence.reverse ? length_of(p, n) - 1 - s : s;
-        time_row[offset[s] + i] = t * N + n;
+        const Index row = offset[s] + i, n = order[i], t = time_of(p, s, n);
+        place[row] = packed ? offset[t] + i : t * per_step + n * per_sequence;
+        x_at[row] = packed ? place[row] * of.step_stride : t * of.step_stride + n * of.sequence_stride;
       }
   }
 };

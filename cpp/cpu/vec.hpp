@@ -5,6 +5,7 @@
 // every fusion is spelled fma(), so that a result's bits never depend on how a tile happened to be inlined.
 #pragma once
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,11 +41,16 @@ namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
 template <class T> struct Bits;
 template <> struct Bits<float> { using type = int; };
 template <> struct Bits<double> { using type = long long; };
+template <class V, class Lanes> struct LaneNumbers;
+template <class V, int... I> struct LaneNumbers<V, std::integer_sequence<int, I...>> {
+  static constexpr typename V::Unsigned value = {I...};
+};
 
 template <class T> struct Vec {
   static constexpr int width = GATEWISE_VECTOR_BYTES / sizeof(T);
   typedef T Native __attribute__((vector_size(GATEWISE_VECTOR_BYTES)));
   typedef typename Bits<T>::type Integer __attribute__((vector_size(GATEWISE_VECTOR_BYTES)));
+  typedef std::make_unsigned_t<typename Bits<T>::type> Unsigned __attribute__((vector_size(GATEWISE_VECTOR_BYTES)));
 
   Native native;
 
@@ -71,6 +77,10 @@ template <class T> struct Vec {
   // The first n lanes, n possibly more than there are; nothing past them is touched, missing lanes read as 0.
   GATEWISE_FN static Vec load(const T* p, Index n);
   GATEWISE_FN void store(T* p, Index n) const;
+  // 0, 1, 2 ...
+  GATEWISE_FN static Unsigned lane_numbers() {
+    return LaneNumbers<Vec, std::make_integer_sequence<int, width>>::value;
+  }
   // From memory straight into all lanes; from a register it would occupy a multiply port.
   GATEWISE_FN static Vec broadcast(const T* p);
 };
@@ -309,6 +319,10 @@ template <class T> GATEWISE_FN Vec<T> tanh(Vec<T> x) {
   return Vec<T>::of((y.bits() & ~sign) | (x.bits() & sign));
 }
 
+template <class T> GATEWISE_FN Vec<T> clamp(Vec<T> x, Vec<T> limit) { return at_least(-limit, at_most(limit, x)); }
+template <class T> GATEWISE_FN Vec<T> d_clamp(Vec<T> d, Vec<T> x, Vec<T> limit) {
+  return select((limit <= x) | (x <= -limit), Vec<T>(0), d);
+}
 template <class T> GATEWISE_FN Vec<T> relu(Vec<T> x) { return at_least(Vec<T>(0), x); }
 template <class T> GATEWISE_FN Vec<T> d_relu(Vec<T> y) { return select(y <= Vec<T>(0), Vec<T>(0), Vec<T>(1)); }
 

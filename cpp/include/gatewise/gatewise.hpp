@@ -1,7 +1,9 @@
 // The public face of the kernel library: plain pointers in, plain pointers out. It never allocates results
 // and never keeps a pointer: the caller owns every buffer, and `sizes()` says how large the opaque ones are.
 //
-// Shapes, in elements, C-contiguous, time-major: T steps, N sequences, I inputs, H hidden units, G gates.
+// Shapes, in elements, C-contiguous: T steps, N sequences, I inputs, H hidden units, G gates, U weights of a unit's own,
+// R numbers in h: H, or fewer where a projection follows the cell. Shapes with a step, [T, N, ...] below, are in the
+// layout of the call.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,27 +12,56 @@ namespace gatewise {
 
 using Index = std::int64_t;
 
-struct Dims { Index T, N, I, H; };
+struct Dims { Index T, N, I, H, R; };
 
 template <class T> struct Weights {
-  const T* w_ih;  // [G*H, I]
-  const T* w_hh;  // [G*H, H]
-  const T* b_ih;  // [G*H] or null: zeros
-  const T* b_hh;  // [G*H] or null: zeros
+  const T* w_ih;    // [G*H, I]
+  const T* w_hh;    // [G*H, R]; null for a cell without a product
+  const T* b_ih;    // [G*H] or null: zeros
+  const T* b_hh;    // [G*H] or null: zeros
+  const T* w_unit;  // [U*H]; null if U = 0
+  const T* w_hr;    // [R, H], the projection, or null: none
 };
 
+// How the (step, sequence) pairs of y, dy, dx and reset lie in memory. Packed: only those that exist, step by step,
+// longest sequence first, as in torch's PackedSequence.
+enum class Layout { time_major, batch_major, packed };
+
+// Which state a reset restarts from.
+enum class ResetTo { initial, zero };
+
 template <class T> struct Sequence {
-  const T* x;            // [T, N, I]
-  const T* h0;           // [N, H] or null: zeros
-  const T* c0;           // [N, H] or null: zeros; cells with c only
-  const Index* lengths;  // [N] in 0..T, any order, or null: T for all
-  bool reverse;          // walk each sequence from its own last step to step 0
+  const T* x;                           // rows of I; in packed layout one every step_stride
+  const T* h0;                          // [N, R] or null: zeros
+  const T* c0;                          // [N, H] or null: zeros; cells with c only
+  const Index* lengths;                 // [N] in 0..T, any order, or null: T for all. In packed layout longest first
+  bool reverse;                         // walk each sequence from its own last step to step 0
+  Layout layout = Layout::time_major;
+  Index step_stride = 0, sequence_stride = 0;  // of x, in elements
+  const unsigned char* reset = nullptr;  // [T, N] true where a new segment begins that knows nothing of the one before
+  ResetTo reset_to = ResetTo::initial;
 };
+
+// Zoneout: a unit keeps its state in a step with probability h (of c: c). A drawn mask is a function of seed, step,
+// sequence and unit (random.hpp); without `drawn` the state is the expectation.
+struct Zoneout {
+  double h = 0, c = 0;
+  bool drawn = false;
+  std::uint64_t seed = 0;
+};
+
+// What the tape keeps for backward: gates and c of every step; c of every step; c before every `checkpoint`-th step.
+enum class Save { all, states, checkpoints };
 
 template <class T> struct Problem {
   Dims dims;
   Weights<T> weights;
   Sequence<T> sequence;
+  const T* h_mask = nullptr;  // [N, R] h is multiplied by it before it meets w_hh, or null
+  Zoneout zoneout = {};
+  T cell_clip = T(__builtin_inf());
+  Save save = Save::all;
+  Index checkpoint = 0;  // steps
 };
 
 // Elements of the tape's opaque buffers, and bytes of the others. Their layout belongs to the arch that wrote them.
@@ -42,11 +73,11 @@ struct Ticks { std::uint64_t products, epilogues, all; };
 
 template <class T> struct Forward {
   Problem<T> problem;
-  T* y;           // [T, N, H], zero past a sequence's end
-  T* hn;          // [N, H]
+  T* y;           // [T, N, R], zero past a sequence's end
+  T* hn;          // [N, R]
   T* cn;          // [N, H]; cells with c only
-  T* saved;       // the tape, or null: nothing is kept for backward
-  T* states;      // the tape's cell states; null when saved is
+  T* saved;       // the tape, or null: no gates are kept
+  T* states;      // the tape's cell states, or null: nothing is kept for backward
   void* scratch;  // Sizes::forward_scratch bytes
   int threads;
   const void* packed = nullptr;  // what pack() made of the weights on this arch, which then are not read, or null
@@ -60,6 +91,7 @@ template <class T> struct Backward {
   const T *dy, *dhn, *dcn;           // incoming, each may be null: zeros
   T *dx, *dh0, *dc0;                 // outgoing, each may be null: not wanted; overwritten
   T *dw_ih, *dw_hh, *db_ih, *db_hh;  // outgoing, each may be null: not wanted; added to
+  T *dw_unit, *dw_hr;                // likewise
   void* scratch;                     // Sizes::backward_scratch bytes
   int threads;
   Ticks* ticks = nullptr;  // or null: not measured
@@ -67,8 +99,9 @@ template <class T> struct Backward {
 
 struct CellInfo {
   const char* name;
-  int G, S;
-  bool has_c, split;
+  int G, S, U;
+  bool has_c, split, has_product, normed;
+  const char* middle;  // none, product, norm: see cells.hpp
 };
 
 template <class T> struct CellKernels {
@@ -84,6 +117,8 @@ template <class T> using Map = void (*)(const T* x, T* y, std::size_t n);
 // kernel of this arch can pass, to be measured beside whatever is timed.
 template <class T> struct Functions {
   Map<T> exp, tanh, sigmoid;
+  // y[k] = 0 with probability p, else x[k] / (1 - p); key: random_key() of the row
+  void (*dropout)(const T* x, T* y, Index n, std::uint64_t key, double p);
   T (*fma_chains)(std::size_t rounds);
   int flops_per_round;
 };

@@ -18,6 +18,12 @@ GATEWISE_FN double relu(double x) { return x < 0.0 ? 0.0 : x; }
 GATEWISE_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 GATEWISE_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
+GATEWISE_FN float clamp(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+GATEWISE_FN double clamp(double x, double limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+// The gradient of x from that of clamp(x, limit). Comparisons are written so that a NaN is not hidden.
+GATEWISE_FN float d_clamp(float d, float x, float limit) { return x >= limit || x <= -limit ? 0.0f : d; }
+GATEWISE_FN double d_clamp(double d, double x, double limit) { return x >= limit || x <= -limit ? 0.0 : d; }
+
 // Derivatives in terms of the function's own output y. Fused, 1 - y^2 and y - y^2 round once, however near y is to 1.
 template <class V> GATEWISE_FN V d_tanh(V y) { return fma(-y, y, V(1)); }
 template <class V> GATEWISE_FN V d_sigmoid(V y) { return fma(-y, y, y); }

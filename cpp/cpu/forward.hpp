@@ -1,0 +1,409 @@
+// The layer forward, a chunk of steps at a time: gx = W_ih x + b of the whole chunk, then step by step the product
+// W_hh h, every tile of it finished by the cell while it is in L1. Where the cell waits for a stage in the middle, or a
+// projection follows it, a second product or a normalisation and a second epilogue complete the step.
+//
+// Buffers, W lanes to a register, P = ceil(H / W) panels, R packed rows (rows.hpp):
+//   saved  [P][R][S][W], behind it scales [3][R] of a normed cell, then [R][H] what went through the stage of a product
+//   states [P][N + R][W], c0 in the first N rows, or [P][checkpoints][N][W]     (the tape: these two)
+//   gx     [P][chunk][G][W]                                                     (scratch)
+// Lanes past H hold junk.
+#pragma once
+#include "pass.hpp"
+
+namespace gatewise { inline namespace GATEWISE_ARCH { namespace {
+
+// The weights as forward reads them. bias [P][G + 1][W] is what is added to gx, and to gh of a split cell's last gate.
+template <class Cell, class T> struct PackedWeights {
+  using Facts = CellFacts<Cell, T>;
+  using V = Vec<T>;
+  static constexpr Index W = Facts::W;
+  static constexpr int G = Facts::G, U = Facts::U, product_gates = Facts::product_gates;
+
+  Dims d;
+  Index P;
+  Index stage_units;  // of the product in the stage: H of the last gate, R of the projection, 0: there is none
+  T *w_ih, *w_hh, *w_stage, *bias, *unit;
+
+  PackedWeights(const Problem<T>& p, Arena& arena)
+      : d(p.dims), P(ceil_div(d.H, W)),
+        stage_units(Cell::middle == Middle::product ? d.H : Facts::may_project && p.weights.w_hr ? d.R : 0),
+        w_ih(arena.take<T>(P * G * W * d.I)),
+        w_hh(arena.take<T>(Cell::has_product ? P * product_gates * W * d.R : 0)),
+        w_stage(arena.take<T>(ceil_div(stage_units, W) * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
+        unit(arena.take<T>(P * U * W)) {}
+
+  Index bytes() const { return P * G * W * (d.I + d.R) * Index(sizeof(T)); }
+
+  void fill(const Weights<T>& w, int id, int parts) {
+    const Range groups = share(ceil_div(P, Facts::group), id, parts);
+    for (Index q = groups.begin; q < groups.end; ++q) pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
+    if constexpr (Cell::has_product) {
+      const Range of_h = share(ceil_div(P, Panels<product_gates>::per_group), id, parts);
+      for (Index q = of_h.begin; q < of_h.end; ++q)
+        pack<T, product_gates>(w.w_hh, d.H, d.R, Facts::h_gate, q, w_hh);
+    }
+    if constexpr (Cell::middle == Middle::product || Facts::may_project) {
+      const T* from = Facts::may_project ? w.w_hr : w.w_hh + (G - 1) * d.H * d.R;
+      const Range stage = share(ceil_div(ceil_div(stage_units, W), Panels<1>::per_group), id, parts);
+      for (Index q = stage.begin; q < stage.end; ++q) pack<T, 1>(from, stage_units, d.H, Facts::h_gate, q, w_stage);
+    }
+    const Range panels = share(P, id, parts);
+    for (Index p = panels.begin; p < panels.end; ++p) {
+      for (int g = 0; g <= G; ++g) {
+        const Index gate = least(g, G - 1) * d.H + p * W, n = d.H - p * W;
+        const V ih = w.b_ih ? V::load(w.b_ih + gate, n) : V(0), hh = w.b_hh ? V::load(w.b_hh + gate, n) : V(0);
+        const bool apart = Cell::split && g == G - 1;  // r acts on b_hh too: it cannot move into gx
+        (g == G ? hh : apart ? ih : ih + hh).store(bias + (p * (G + 1) + g) * W);
+      }
+      for (int u = 0; u < U; ++u)
+        V::load(w.w_unit + u * d.H + p * W, d.H - p * W).store(unit + (p * U + u) * W);
+    }
+  }
+
+  GATEWISE_FN Unit<V, U> of(Index p, T clip) const {
+    Unit<V, U> own;
+    for (int u = 0; u < U; ++u) own.w[u] = V::load(unit + (p * U + u) * W);
+    own.clip = V(clip);
+    return own;
+  }
+};
+
+// Where forward leaves what backward needs, [P][stride][S][W]: of all rows; or, when backward computes it again, of the
+// rows of a chunk; or nowhere but until the end of the step, by sorted position, where the cell itself needs it there.
+template <class T> struct SavedRows {
+  T* numbers = nullptr;
+  Index stride = 0, first = 0;
+};
+
+template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
+  using Base = Pass<Cell, T>;
+  using Base::d, Base::G, Base::how, Base::P, Base::problem, Base::projects, Base::rows, Base::S, Base::U, Base::W;
+  using typename Base::Facts;
+  using typename Base::V;
+  static constexpr int product_gates = Facts::product_gates;
+
+  Forward<T> call;
+  bool again;  // computes for backward what the tape does not hold, from the states that it does
+  PackedWeights<Cell, T> weights;
+  T* gx;
+  T* masked;  // [N][R] by sorted position: h times its mask, or null
+  T* hidden;  // [P][N][G][W] by sorted position, gates end to end: products that wait to be standardised, or null
+  T* middle;  // [N][H] by sorted position: what goes through the stage, where it is not kept
+  SavedRows<T> saved;
+  CellStates<T> states;
+  bool writes_states = true;
+
+  ForwardPass(const Forward<T>& call, Arena& arena)
+      : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
+  ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
+      : ForwardPass(Base(call.problem, arena, call.threads, kForwardChunk), call, arena, call.packed ? packed : arena) {
+    if (call.saved) saved = {call.saved, rows.count, 0};
+    else if (Facts::staged) saved = {arena.take<T>(P * d.N * S * W), d.N, -1};
+    if (!Cell::has_c) return;
+    T* current = arena.take<T>(P * d.N * W);
+    states = {current, d.N, 0, true};
+    if (call.states && problem.save != Save::checkpoints) states = {call.states, this->state_rows(), 0, false};
+  }
+  // Backward's: it shares the rows, and says where results go
+  ForwardPass(const Base& base, Arena& arena, bool needed, Arena nowhere = Arena(nullptr))
+      : ForwardPass(base, Forward<T>{base.problem, {}, {}, {}, {}, {}, {}, 1}, needed ? arena : nowhere,
+                    needed ? arena : nowhere) {
+    again = true;
+  }
+
+  Index state_row(Index s) const { return Base::state_row(states, s); }
+  bool keeps_gates() const { return saved.first >= 0 && saved.numbers; }
+  GATEWISE_FN Index saved_row(Index s, Index i) const {
+    return saved.first < 0 ? i : rows.offset[s] + i - saved.first;
+  }
+  GATEWISE_FN T* saved_at(Index p, Index row) const { return saved.numbers + (p * saved.stride + row) * S * W; }
+  // Of a normed cell: the scales of gx, gh and c
+  GATEWISE_FN T* scale_at(int which, Index row) const { return saved_at(P, 0) + which * saved.stride + row; }
+  // What goes through the stage before a product is kept behind everything else: the product's weights need it.
+  static constexpr Index kScales = Cell::normed ? 3 : 0;
+  bool keeps_middle() const { return weights.stage_units && keeps_gates(); }
+  GATEWISE_FN T* middle_at(Index s, Index i) const {
+    if (!keeps_middle()) return middle + i * d.H;
+    return saved_at(P, 0) + kScales * saved.stride + saved_row(s, i) * d.H;
+  }
+  static Index saved_size(const PackedWeights<Cell, T>& weights, Index rows) {
+    return rows * (weights.P * S * W + kScales + (weights.stage_units ? weights.d.H : 0));
+  }
+
+  // gx of packed rows [begin, end), in a chunk that starts at row `chunk`, for the given groups of panels
+  void project(Index chunk, Range packed, Range groups) {
+    for (Index q = groups.begin; q < groups.end; ++q) {
+      const Index panels = this->group_panels(q), registers = this->group_registers(q);
+      const Segments row_of_x = one_segment(d.I);
+      const T* w_ih = weights.w_ih + q * Facts::group * G * W * d.I;
+      for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
+        const Index row = packed.begin + first;
+        const T* x[kMaxRows] = {};
+        for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.x_at[row + r];
+        Tile<T> tile;
+        this->meter.start();
+        kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
+        this->meter.stop(&Ticks::products);
+        for (Index r = 0; r < height; ++r)
+          for (Index b = 0; b < panels; ++b) {
+            const Index p = q * Facts::group + b;
+            const T* product = tile.numbers + (r * registers + b * G) * W;
+            T* out = gx + (p * this->chunk_capacity + row + r - chunk) * G * W;
+            this->with_units(p, [&](auto units) {
+              GATEWISE_UNROLL
+              for (int g = 0; g < G; ++g) {
+                const V bias = V::load(weights.bias + (p * (G + 1) + g) * W);
+                (V::load(product + g * units, units) + bias).store(out + g * W);
+              }
+            });
+          }
+        this->meter.stop(&Ticks::epilogues);
+      });
+    }
+    if constexpr (Cell::normed)
+      for (Index row = packed.begin; row < packed.end; ++row) {
+        T* own = gx + (row - chunk) * G * W;
+        const T scale = standardise<T, G>(d.H, [&](Index p, int g) { return own + (p * this->chunk_capacity * G + g) * W; });
+        if (keeps_gates()) *scale_at(0, row - saved.first) = scale;
+      }
+  }
+
+  // h before step s times its mask, of sorted positions [begin, end)
+  void mask(Index s, Range positions) {
+    for (Index i = positions.begin; i < positions.end; ++i) {
+      const T *h = this->previous_h(call.y, s, i), *mask = this->mask_of(i);
+      for (Index k = 0; k < d.R; ++k) masked[i * d.R + k] = h ? h[k] * mask[k] : T(0);
+    }
+  }
+
+  // One step of sorted positions [begin, end), for the given groups of panels
+  void step(Index s, Index chunk, Range positions, Range groups) {
+    if (!call.saved && call.states && problem.save == Save::checkpoints) keep_checkpoint(s, positions, groups);
+    constexpr int per_group = Panels<product_gates>::per_group;
+    if (per_group != Facts::group) groups = {0, ceil_div(P, per_group)};  // the gates of a staged cell: never shared
+    for (Index turn = groups.begin; turn < groups.end; ++turn) {
+      const Index q = there_and_back(s, turn, groups);
+      const Index panels = Panels<product_gates>::in_group(q, P);
+      const Index registers = Panels<product_gates>::registers(q, d.H, W);
+      const Segments row_of_h = one_segment(d.R);
+      const T* w_hh = weights.w_hh + q * per_group * product_gates * W * d.R;
+      for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
+        const Index i = positions.begin + first;
+        const T *h[kMaxRows] = {}, *operand[kMaxRows] = {};
+        bool any = false;
+        for (Index r = 0; r < height; ++r) {
+          h[r] = this->previous_h(call.y, s, i + r);
+          operand[r] = !h[r] ? this->zeros : masked ? masked + (i + r) * d.R : h[r];
+          any = any || h[r];
+        }
+        Tile<T> tile;
+        this->meter.start();
+        for (Index b = 0; b < panels && keeps_gates(); ++b)
+          prefetch(saved_at(q * per_group + b, saved_row(s, i)), height * S * W);
+        if (any && Cell::has_product) kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
+        else zero(tile.numbers, height * registers * W);
+        this->meter.stop(&Ticks::products);
+        for (Index b = 0; b < panels; ++b) {
+          const Index p = q * per_group + b;
+          const T* products = tile.numbers + b * product_gates * W;
+          if constexpr (Cell::normed) {
+            for (Index r = 0; r < height; ++r)
+              copy(products + r * registers * W, hidden + (p * d.N + i + r) * G * W, ceil_div(G * this->units(p), W) * W);
+          } else {
+            finish(s, chunk, i, height, p, h, products, registers * W);
+          }
+        }
+        this->meter.stop(&Ticks::epilogues);
+      });
+    }
+    if constexpr (Cell::normed) normed_step(s, chunk, positions);
+    if constexpr (Cell::middle == Middle::product || Facts::may_project)
+      if (weights.stage_units) product_stage(s, chunk, positions);
+  }
+
+  // The rest of the step of a normed cell, whose products are all there
+  void normed_step(Index s, Index chunk, Range positions) {
+    for (Index i = positions.begin; i < positions.end; ++i) {
+      const T* h = this->previous_h(call.y, s, i);
+      const T scale = standardise<T, G>(
+          d.H, [&](Index p, int g) { return hidden + (p * d.N + i) * G * W + g * this->units(p); });
+      if (keeps_gates()) *scale_at(1, saved_row(s, i)) = scale;
+      for (Index p = 0; p < P; ++p) finish(s, chunk, i, 1, p, &h, hidden + (p * d.N + i) * G * W, G * W);
+      if constexpr (Cell::middle == Middle::norm) {
+        T* c = middle + i * d.H;
+        const T scale_c = standardise<T, 1>(d.H, [&](Index p, int) { return c + p * W; });
+        if (keeps_gates()) *scale_at(2, saved_row(s, i)) = scale_c;
+        for (Index p = 0; p < P; ++p) finish_output(s, chunk, i, 1, p, c + p * W, d.H);
+      }
+    }
+  }
+
+  // The product in the middle of a step, or the projection at its end
+  void product_stage(Index s, Index chunk, Range positions) {
+    constexpr int per_group = Panels<1>::per_group;
+    const Index panels = ceil_div(weights.stage_units, W);
+    for (Index q = 0; q < ceil_div(panels, per_group); ++q) {
+      const Index registers = Panels<1>::registers(q, weights.stage_units, W);
+      const Segments row = one_segment(d.H);
+      for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
+        const Index i = positions.begin + first;
+        const T* operand[kMaxRows] = {};
+        for (Index r = 0; r < height; ++r) operand[r] = middle_at(s, i + r);
+        Tile<T> tile;
+        this->meter.start();
+        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.w_stage + q * per_group * W * d.H, tile);
+        this->meter.stop(&Ticks::products);
+        for (Index b = 0; b < registers; ++b)
+          finish_output(s, chunk, i, height, q * per_group + b, tile.numbers + b * W, registers * W);
+        this->meter.stop(&Ticks::epilogues);
+      });
+    }
+  }
+
+  // A chunk of one step goes through all the weights just once. Where they fill more than the cache, it takes both
+  // matrices side by side, so that a call that walks them the other way begins with what the last one left there:
+  // LSTM, I = H = 512, N = 1: 75 -> 47 µs a call.
+  void only_step(Index s, Range positions, Range groups) {
+    const Index chunk = rows.offset[s];
+    for (Index turn = groups.begin; turn < groups.end; ++turn) {
+      const Index q = there_and_back(call.from_the_last, turn, groups);
+      project(chunk, {chunk + positions.begin, chunk + positions.end}, {q, q + 1});
+      step(s, chunk, positions, {q, q + 1});
+    }
+  }
+
+  // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart; h the states before
+  GATEWISE_FN void finish(Index s, Index chunk, Index i, Index height, Index p, const T* const* h, const T* products,
+                          Index stride) {
+    const Index row = rows.offset[s] + i, unit = p * W;
+    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+    const T* c_prev = states.numbers + (p * states.stride + state_row(s - 1) + i) * W;
+    T* c_next = states.numbers + (p * states.stride + state_row(s) + i) * W;
+    T* kept = saved_at(p, saved_row(s, i));
+    const Index* place = rows.place + row;
+    const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
+    const Unit<V, U> own = weights.of(p, problem.cell_clip);
+    const bool zones = this->zones(), to_stage = Facts::staged || projects;
+    this->with_units(p, [&](auto units) {
+      for (Index r = 0; r < height; ++r) {
+        V x[G], gh[G] = {}, to_save[S];
+        GATEWISE_UNROLL
+        for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + (r * G + g) * W);
+        GATEWISE_UNROLL
+        for (int g = 0; g < product_gates; ++g) gh[g] = V::load(products + r * stride + g * units, units);
+        if (Cell::split) gh[G - 1] = gh[G - 1] + b_hh;
+        State<V> prev{h[r] && !projects ? V::load(h[r] + unit, units) : V(0), V(0)};
+        if (Cell::middle == Middle::product && problem.h_mask)
+          prev.h = prev.h * V::load(this->mask_of(i + r) + unit, units);
+        if (Cell::has_c)
+          prev.c = V::load(this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
+        State<V> next = Cell::forward(x, gh, own, prev, to_save);
+        if (to_stage) next.h.store(middle_at(s, i + r) + unit, units);
+        if (zones) {
+          const State<V> keep = this->zoneout(s, i + r, p);
+          if (!to_stage) next.h = fma(keep.h, prev.h, (V(1) - keep.h) * next.h);
+          if (Cell::has_c) next.c = fma(keep.c, prev.c, (V(1) - keep.c) * next.c);
+        }
+        if (!to_stage && !again) next.h.store(call.y + place[r] * d.H + unit, units);
+        if (Cell::has_c && writes_states) next.c.store(c_next + r * W);
+        if (!saved.numbers) continue;
+        GATEWISE_UNROLL
+        for (int k = 0; k < S; ++k) to_save[k].store(kept + (r * S + k) * W);
+      }
+    });
+  }
+
+  // The epilogue of the stage: h from what came back, [height] rows, `stride` apart
+  GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride) {
+    const Index row = rows.offset[s] + i, unit = p * W;
+    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+    with_lanes<T>(d.R - unit, [&](auto lanes) {
+      for (Index r = 0; r < height; ++r) {
+        V h = V::load(values + r * stride, lanes);
+        const T* before = this->previous_h(call.y, s, i + r);
+        const State<V> prev{before ? V::load(before + unit, lanes) : V(0), V(0)};
+        if constexpr (Facts::staged) {
+          T* kept = saved_at(p, saved_row(s, i + r));
+          V x[G], to_save[S];
+          for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + (r * G + g) * W);
+          for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
+          h = Cell::output(x, h, weights.of(p, problem.cell_clip), prev, to_save);
+          for (int k = 0; k < S; ++k) to_save[k].store(kept + k * W);
+        }
+        if (again) continue;
+        if (this->zones()) {
+          const V keep = this->zoneout(s, i + r, p).h;
+          h = fma(keep, prev.h, (V(1) - keep) * h);
+        }
+        h.store(call.y + rows.place[row + r] * d.R + unit, lanes);
+      }
+    });
+  }
+
+  void keep_checkpoint(Index s, Range positions, Range groups) {
+    if (!Cell::has_c || s % problem.checkpoint || positions.size() <= 0) return;
+    for (Index p = groups.begin * Facts::group; p < least(groups.end * Facts::group, P); ++p)
+      copy(states.numbers + (p * states.stride + positions.begin) * W,
+           call.states + ((p * this->checkpoints() + s / problem.checkpoint) * d.N + positions.begin) * W,
+           positions.size() * W);
+  }
+
+  void final_states(Range positions) {
+    for (Index i = positions.begin; i < positions.end; ++i) {
+      const Index n = rows.order[i], length = length_of(problem, n);
+      if (length > 0) copy(call.y + rows.place[rows.offset[length - 1] + i] * d.R, call.hn + n * d.R, d.R);
+      else if (problem.sequence.h0) copy(problem.sequence.h0 + n * d.R, call.hn + n * d.R, d.R);
+      else zero(call.hn + n * d.R, d.R);
+      if (Cell::has_c) this->scatter(states.numbers, states.stride, state_row(length - 1) + i, call.cn, n);
+    }
+  }
+
+  // A chunk of steps [begin, end) in the making: gx of all, then step by step
+  void run_chunk(Team& team, int id, Index begin, Index end, Range own, Range own_groups) {
+    const bool by_panels = how.sharing == Sharing::panels;
+    const Index chunk = rows.offset[begin];
+    const Range part = share(rows.offset[end] - chunk, id, team.size);
+    project(chunk, {chunk + part.begin, chunk + part.end}, {0, this->groups});
+    team.barrier();
+    for (Index s = begin; s < end; ++s) {
+      if (masked) {
+        mask(s, by_panels ? share(rows.live(s), id, team.size) : Range{own.begin, least(own.end, rows.live(s))});
+        if (by_panels) team.barrier();
+      }
+      step(s, chunk, {own.begin, least(own.end, rows.live(s))}, own_groups);
+      if (by_panels) team.barrier();
+    }
+  }
+
+  void run(Team& team, int id) {
+    const FlushSubnormals flush;
+    const Range sequences = share(d.N, id, team.size);
+    const bool by_panels = how.sharing == Sharing::panels;
+    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
+    const Range own_groups = by_panels ? share(this->groups, id, team.size) : Range{0, this->groups};
+
+    if (!call.packed) weights.fill(problem.weights, id, team.size);
+    zero_padding(problem, call.y, d.R, sequences);
+    if (Cell::has_c) this->gather(problem.sequence.c0, d.H, states.numbers, states.stride, sequences);
+    team.barrier();
+    for (Index s = 0, end; s < d.T && rows.live(s) > 0; s = end) {
+      const Index chunk = rows.offset[s];
+      for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target;) ++end;
+      const bool stages = Facts::staged || Cell::normed || projects || masked;
+      if (end == s + 1 && !stages && weights.bytes() > kCacheBytes)
+        only_step(s, {own.begin, least(own.end, rows.live(s))}, own_groups);
+      else run_chunk(team, id, s, end, own, own_groups);
+      team.barrier();
+    }
+    final_states(sequences);
+  }
+
+ private:
+  ForwardPass(const Base& base, const Forward<T>& call, Arena& arena, Arena& packed)
+      : Base(base), call(call), again(false), weights(problem, packed),
+        gx(arena.take<T>(P * this->chunk_capacity * G * W)), masked(problem.h_mask ? arena.take<T>(d.N * d.R) : nullptr),
+        hidden(Cell::normed ? arena.take<T>(P * d.N * G * W) : nullptr),
+        middle(arena.take<T>(Facts::staged || projects ? d.N * d.H : 0)) {}
+};
+
+}}}  // namespace gatewise::GATEWISE_ARCH
