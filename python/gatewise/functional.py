@@ -496,6 +496,7 @@ def _double_backward(
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
     if tape._wide is not None:
         dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
+        direction = {name: _widened(a, tape.y.dtype) for name, a in direction.items()}
         return SecondGradients(**_rounded_like_inputs(tape, _double_backward(tape._wide, dy, dhn, dcn, direction)))
     from . import reference
 

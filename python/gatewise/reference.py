@@ -111,18 +111,8 @@ class Cell:
     middle: ClassVar[str] = "none"
     forward: ClassVar[Callable[..., Any]]
     backward: ClassVar[Callable[..., Any]]
-
-    @staticmethod
-    @njit
-    def output(gx: Numbers, gh: Numbers, unit: Numbers, prev: State, gates: Numbers, mid: Number) -> Any:
-        return (gates[0],), mid
-
-    @staticmethod
-    @njit
-    def output_backward(
-        gx: Numbers, gh: Numbers, unit: Numbers, prev: State, gates: Numbers, mid: Number, dh: Number
-    ) -> Any:
-        return NOTHING, NOTHING, State(0.0, 0.0), NOTHING, dh
+    output: ClassVar[Callable[..., Any]]
+    output_backward: ClassVar[Callable[..., Any]]
 
 
 class RnnTanh(Cell):
@@ -349,7 +339,7 @@ class LstmNorm(Cell):
     @staticmethod
     @njit
     def output(gx: Numbers, gh: Numbers, unit: Numbers, prev: State, gates: Numbers, mid: Number) -> Any:
-        return (gates[0],), gates[3] * tanh(unit[12] * mid + unit[13])
+        return (gates[0], gates[1], gates[2], gates[3]), gates[3] * tanh(unit[12] * mid + unit[13])
 
     @staticmethod
     @njit
@@ -524,6 +514,86 @@ def happens(bits: Any, p: float) -> bool:
     return float(bits >> uint64(1)) < floor(p * 2147483648.0)
 
 
+# ---- All units of a layer, one row, one step ---------------------------------------------------------------
+# Vectors have one entry per unit, gx, gh, gates one row per gate, `unit` one row per block. These loops are all that
+# is compiled for each cell.
+
+
+@njit
+def forward_units(
+    cell_forward: Callable[..., Any], gx: Array, gh: Array, unit: Array, h: Array, c: Array, clip: float,
+    gates: Array, h_next: Array, c_next: Array,  # out
+) -> None:  # fmt: skip
+    for j in range(len(c)):
+        values, next = cell_forward(gx[:, j], gh[:, j], unit[:, j], State(h[j], c[j]), clip)
+        for g in range(len(values)):
+            gates[g, j] = values[g]
+        h_next[j], c_next[j] = next.h, next.c
+
+
+@njit
+def output_units(
+    cell_output: Callable[..., Any], gx: Array, gh: Array, unit: Array, h: Array, c: Array, mid: Array,
+    gates: Array, h_next: Array,  # out
+) -> None:  # fmt: skip
+    for j in range(len(c)):
+        values, h_next[j] = cell_output(gx[:, j], gh[:, j], unit[:, j], State(h[j], c[j]), gates[:, j], mid[j])
+        for g in range(len(values)):
+            gates[g, j] = values[g]
+
+
+@njit
+def add_column(numbers: Numbers, j: int, out: Array) -> None:
+    """out[:, j] += numbers"""
+    for k in range(min(len(numbers), len(out))):  # NOTHING finds no row to go to
+        out[k, j] += numbers[k]
+
+
+@njit
+def output_units_backward(
+    cell_output_backward: Callable[..., Any], gx: Array, gh: Array, unit: Array, h: Array, c: Array, mid: Array,
+    gates: Array, dh_next: Array,
+    dgx: Array, dgh: Array, dunit: Array, dh: Array, dc: Array, dmid: Array,  # added to
+) -> None:  # fmt: skip
+    for j in range(len(c)):
+        prev = State(h[j], c[j])
+        da_x, da_h, dprev, du, dm = cell_output_backward(
+            gx[:, j], gh[:, j], unit[:, j], prev, gates[:, j], mid[j], dh_next[j]
+        )
+        add_column(da_x, j, dgx)
+        add_column(da_h, j, dgh)
+        add_column(du, j, dunit)
+        dh[j] += dprev.h
+        dc[j] += dprev.c
+        dmid[j] += dm
+
+
+@njit
+def backward_units(
+    cell_backward: Callable[..., Any], gx: Array, gh: Array, unit: Array, h: Array, c: Array, clip: float,
+    gates: Array, h_next: Array, c_next: Array, dh_next: Array, dc_next: Array,
+    dgx: Array, dgh: Array, dunit: Array, dh: Array, dc: Array,  # added to
+) -> None:  # fmt: skip
+    for j in range(len(c)):
+        prev, next, dnext = State(h[j], c[j]), State(h_next[j], c_next[j]), State(dh_next[j], dc_next[j])
+        da_x, da_h, dprev, du = cell_backward(gx[:, j], gh[:, j], unit[:, j], prev, clip, gates[:, j], next, dnext)
+        add_column(da_x, j, dgx)
+        add_column(da_h, j, dgh)
+        add_column(du, j, dunit)
+        dh[j] += dprev.h
+        dc[j] += dprev.c
+
+
+@njit
+def zones(seed: Any, t: int, n: int, share_h: float, share_c: float, h: Array, c: Array) -> None:
+    """Zoneout's k of next = k prev + (1 - k) new, for every number of h and of c: 1 by chance, else 0."""
+    key = random_key(seed, t, n)
+    for j in range(len(h)):
+        h[j] = happens(random_bits(key, j), share_h)
+    for j in range(len(c)):
+        c[j] = happens(mix32((random_bits(key, j) + uint64(0x85EBCA6B)) & LOW), share_c)
+
+
 # ---- The layer ---------------------------------------------------------------------------------------------
 # A sequence is walked alone, from its first step to its last (from its last to its first when `reverse`), so
 # nothing past its end is ever read. `step` counts along the walk; `t` is where in time that is.
@@ -532,15 +602,16 @@ def happens(bits: Any, p: float) -> bool:
 class Inputs(NamedTuple):
     """All that a layer is given, time-major. Zeros, ones or False stand for what the caller left out."""
 
+    cell: type[Cell]
     x: Array  # [T,N,I]
     w_ih: Array  # [G·H,I]
-    w_hh: Array  # [G·H,R]; no columns for a cell without the product
+    w_hh: Array | None  # [G·H,R]; None for a cell without the product
     b_ih: Array  # [G·H]
     b_hh: Array  # [G·H]
     h0: Array  # [N,R]
     c0: Array  # [N,H]
     w_unit: Array  # [U,H]
-    w_hr: Array  # [R,H]; no rows without a projection
+    w_hr: Array | None  # [R,H], the projection
     h_mask: Array  # [N,R]
     lengths: Array  # [N]
     reverse: bool
@@ -548,12 +619,32 @@ class Inputs(NamedTuple):
     to_initial: bool
     zoneout_h: float
     zoneout_c: float
-    random: bool  # zoneout by `seed`; else its expectation
-    seed: Any  # uint64
+    seed: Any  # uint64, or None for the expectation of zoneout
     clip: float  # inf for none
-    normed: bool  # the cell's traits
-    product_middle: bool
-    norm_middle: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows of w_hh meet h; the others meet what a cell of two phases makes of it."""
+        return len(self.b_hh) - (self.c0.shape[1] if self.cell.middle == "product" else 0)
+
+    def walk(self, n: int) -> list[int]:
+        """The steps of row n in the order in which they are taken."""
+        times = range(self.lengths[n])
+        return [*times][::-1] if self.reverse else [*times]
+
+    def restarts(self, t: int, n: int) -> bool:
+        """Whether the walk comes to step t from another segment, or finds a new one at its very beginning."""
+        if self.reverse:
+            return t + 1 < self.lengths[n] and bool(self.reset[t + 1, n])
+        return bool(self.reset[t, n])
+
+    def zones(self, t: int, n: int) -> tuple[Array, Array]:
+        """Zoneout's k of h and of c: 1 or 0 by chance, or what that is on average."""
+        R, H = self.h0.shape[1], self.c0.shape[1]
+        h, c = np.full(R, self.zoneout_h), np.full(H, self.zoneout_c)
+        if self.seed is not None:
+            zones(self.seed, t, n, self.zoneout_h, self.zoneout_c, h, c)
+        return h, c
 
 
 class Steps(NamedTuple):
@@ -568,226 +659,119 @@ class Steps(NamedTuple):
     gx: Array  # [T,N,G,H] as the cell got it
     gh: Array  # [T,N,G,H]
     gates: Array  # [T,N,G,H]
+    mid: Array  # [T,N,H] what the second phase got; of a cell that has none, its h
+    h_new: Array  # [T,N,H] the cell's own h
     c_new: Array  # [T,N,H] the cell's own c
-    mid: Array  # [T,N,H] what the cell's second phase got, or the h of a cell that has none
-    out: Array  # [T,N,H] the cell's own h
     scales: Array  # [T,N,3] what gx, gh and mid were multiplied by when standardised
 
 
-@njit
-def affine(w: Array, v: Array, b: Array, out: Array) -> None:
-    """out = W v + b, with w [R,K], v [K], b and out [R]."""
-    for row in range(len(out)):
-        total = b[row]
-        for k in range(w.shape[1]):
-            total += w[row, k] * v[k]
-        out[row] = total
-
-
-@njit
-def add_transposed(w: Array, d: Array, out: Array) -> None:
-    """out += Wᵀ d, with w [R,K], d [R], out [K]."""
-    for row in range(len(d)):
-        for k in range(w.shape[1]):
-            out[k] += d[row] * w[row, k]
-
-
-@njit
-def add_outer(d: Array, v: Array, out: Array) -> None:
-    """out += d vᵀ, with d [R], v [K], out [R,K]."""
-    for row in range(len(d)):
-        for k in range(out.shape[1]):
-            out[row, k] += d[row] * v[k]
-
-
-@njit
-def add_column(numbers: Numbers, j: int, out: Array) -> None:
-    """out[:, j] += numbers, as many as there are."""
-    for k in range(min(len(numbers), len(out))):
-        out[k, j] += numbers[k]
-
-
-@njit
 def standardise(v: Array) -> Number:
     """v = (v - mean) scale, where scale, which is returned, is one over the root of the (biased) variance."""
-    mean = v.sum() / len(v)
-    v -= mean
-    scale = 1.0 / np.sqrt((v * v).sum() / len(v) + VARIANCE_FLOOR)
+    v -= v.mean()
+    scale = 1.0 / np.sqrt((v * v).mean() + VARIANCE_FLOOR)
     v *= scale
     return scale
 
 
-@njit
-def standardise_backward(v: Array, scale: Number, d: Array) -> None:
-    """From the gradient with respect to the standardised v to that with respect to v as it was, in place."""
-    along = (v * d).sum() / len(v)
-    mean = d.sum() / len(v)
-    for k in range(len(v)):
-        d[k] = scale * (d[k] - mean - v[k] * along)
+def standardise_backward(v: Array, scale: Number, d: Array) -> Array:
+    """The gradient with respect to what v was, from d, that with respect to the standardised v."""
+    dv: Array = scale * (d - d.mean() - v * (v * d).mean())
+    return dv
 
 
-@njit
-def time_of(step: int, length: int, reverse: bool) -> int:
-    return length - 1 - step if reverse else step
-
-
-@njit
-def restarts(p: Inputs, n: int, step: int, t: int) -> bool:
-    """Whether the walk comes into step t from another segment, or finds a new one at its beginning."""
-    return step > 0 and p.reset[t + 1, n] if p.reverse else p.reset[t, n]
-
-
-@njit
-def zone(p: Inputs, share: float, bits: Any) -> float:
-    """Zoneout's k of next = k prev + (1 - k) new: 1 or 0 by chance, or what that is on average."""
-    if p.random:
-        return 1.0 if happens(bits, share) else 0.0
-    return share
-
-
-@njit
-def zone_h(p: Inputs, t: int, n: int, j: int) -> float:
-    return zone(p, p.zoneout_h, random_bits(random_key(p.seed, t, n), j))
-
-
-@njit
-def zone_c(p: Inputs, t: int, n: int, j: int) -> float:
-    return zone(p, p.zoneout_c, mix32((random_bits(random_key(p.seed, t, n), j) + uint64(0x85EBCA6B)) & LOW))
-
-
-@njit
-def layer_forward(cell_forward: Callable[..., Any], cell_output: Callable[..., Any], p: Inputs, out: Steps) -> None:
-    """Fills `out`, whose arrays come as zeros."""
-    (R, H), projects = (p.h0.shape[1], p.c0.shape[1]), len(p.w_hr) > 0
-    rows = len(p.w_hh) - H if p.product_middle else len(p.w_hh)  # those that meet h before the cell
-    for n in range(len(p.h0)):
-        h, c = out.hn[n], out.cn[n]  # the state as it goes along
-        h[:], c[:] = p.h0[n], p.c0[n]
-        for step in range(p.lengths[n]):
-            t = time_of(step, p.lengths[n], p.reverse)
-            if restarts(p, n, step, t):
-                if p.to_initial:
-                    h[:], c[:] = p.h0[n], p.c0[n]
-                else:
-                    h[:], c[:] = 0.0, 0.0
+def layer_forward(p: Inputs) -> Steps:
+    cell, (T, N, _), (R, H) = p.cell, p.x.shape, (p.h0.shape[1], p.c0.shape[1])
+    of_h, of_c, of_gates = (T, N, R), (T, N, H), (T, N, cell.G, H)
+    shapes = of_h, of_c, (N, R), (N, H), of_h, of_c, of_gates, of_gates, of_gates, of_c, of_c, of_c, (T, N, 3)
+    out = Steps(*(np.zeros(shape, p.x.dtype) for shape in shapes))
+    for n in range(N):
+        h, c = p.h0[n], p.c0[n]
+        for t in p.walk(n):
+            if p.restarts(t, n):
+                h, c = (p.h0[n], p.c0[n]) if p.to_initial else (np.zeros_like(h), np.zeros_like(c))
             out.h_prev[t, n], out.c_prev[t, n] = h, c
 
-            gx, gh, gates, mid = out.gx[t, n], out.gh[t, n], out.gates[t, n], out.mid[t, n]
-            affine(p.w_ih, p.x[t, n], p.b_ih, gx.ravel())
-            affine(p.w_hh[:rows], p.h_mask[n] * h, p.b_hh, gh.ravel()[:rows])
-            if p.normed:
-                out.scales[t, n, 0], out.scales[t, n, 1] = standardise(gx.ravel()), standardise(gh.ravel())
-
-            for j in range(H):
-                prev = State(0.0 if projects else h[j], c[j])
-                first, next = cell_forward(gx[:, j], gh[:, j], p.w_unit[:, j], prev, p.clip)
-                add_column(first, j, gates)
-                mid[j], out.c_new[t, n, j] = next.h, next.c
-            if p.product_middle:
-                affine(p.w_hh[rows:], p.h_mask[n] * mid, p.b_hh[rows:], gh[-1])
-            if p.norm_middle:
-                out.scales[t, n, 2] = standardise(mid)
-            for j in range(H):
-                prev = State(0.0 if projects else h[j], c[j])
-                second, out.out[t, n, j] = cell_output(gx[:, j], gh[:, j], p.w_unit[:, j], prev, gates[:, j], mid[j])
-                for g in range(len(second)):
-                    gates[g, j] = second[g]
-
-            if projects:
-                affine(p.w_hr, out.out[t, n], np.zeros(R), out.y[t, n])
+            gx, gh, gates, mid, h_new, c_new, scales = (a[t, n] for a in out[6:])
+            gx.flat = p.w_ih @ p.x[t, n] + p.b_ih
+            gh.flat[: p.rows] = p.b_hh[: p.rows]
+            if p.w_hh is not None:
+                gh.flat[: p.rows] += p.w_hh[: p.rows] @ (p.h_mask[n] * h)
+            if cell.normed:
+                scales[:2] = standardise(gx), standardise(gh)
+            own = h if p.w_hr is None else np.zeros_like(c)  # no cell that may be projected looks at h itself
+            forward_units(cell.forward, gx, gh, p.w_unit, own, c, p.clip, gates, mid, c_new)
+            if p.w_hh is not None and cell.middle == "product":
+                gh[-1] = p.w_hh[p.rows :] @ (p.h_mask[n] * mid) + p.b_hh[p.rows :]
+            elif cell.middle == "norm":
+                scales[2] = standardise(mid)
+            if cell.middle == "none":
+                h_new[:] = mid
             else:
-                out.y[t, n] = out.out[t, n]
-            for j in range(R):
-                k = zone_h(p, t, n, j)
-                out.y[t, n, j] = h[j] = k * h[j] + (1.0 - k) * out.y[t, n, j]
-            for j in range(H):
-                k = zone_c(p, t, n, j)
-                out.c[t, n, j] = c[j] = k * c[j] + (1.0 - k) * out.c_new[t, n, j]
+                output_units(cell.output, gx, gh, p.w_unit, own, c, mid, gates, h_new)
+
+            k_h, k_c = p.zones(t, n)
+            h = k_h * h + (1.0 - k_h) * (h_new if p.w_hr is None else p.w_hr @ h_new)
+            c = k_c * c + (1.0 - k_c) * c_new
+            out.y[t, n], out.c[t, n] = h, c
+        out.hn[n], out.cn[n] = h, c
+    return out
 
 
-@njit
-def layer_backward(
-    cell_backward: Callable[..., Any],
-    output_backward: Callable[..., Any],
-    p: Inputs,
-    out: Steps,
-    dy: Array,  # [T,N,R]
-    dhn: Array,  # [N,R]
-    dcn: Array,  # [N,H]
-    d: Inputs,  # the gradients, which are added to
-) -> None:
-    (R, H), projects = (p.h0.shape[1], p.c0.shape[1]), len(p.w_hr) > 0
-    rows = len(p.w_hh) - H if p.product_middle else len(p.w_hh)
-    for n in range(len(p.h0)):
-        dh, dc = dhn[n].copy(), dcn[n].copy()
-        for step in range(p.lengths[n] - 1, -1, -1):
-            t = time_of(step, p.lengths[n], p.reverse)
-            h, c, mid = out.h_prev[t, n], out.c_prev[t, n], out.mid[t, n]
-            gx, gh, gates = out.gx[t, n], out.gh[t, n], out.gates[t, n]
+def layer_backward(p: Inputs, out: Steps, dy: Array, dhn: Array, dcn: Array) -> dict[str, Array]:
+    """The gradients of all that is in `p` and continuous, by name, from those of y, hn and cn."""
+    cell = p.cell
+    names = "x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "w_unit", "w_hr"
+    d = {name: np.zeros_like(getattr(p, name)) for name in names if getattr(p, name) is not None}
+    for n in range(len(dhn)):
+        dh, dc = dhn[n], dcn[n]
+        for t in reversed(p.walk(n)):
+            h, c, gx, gh, gates, mid, h_new, c_new, scales = (a[t, n] for a in out[4:])
+            own = h if p.w_hr is None else np.zeros_like(c)
 
-            # dh, dc: from what comes after the step to what comes before it, dnew_*: what goes through the cell
-            dnew_h, dnew_c = np.zeros_like(dh), np.zeros_like(dc)
-            for j in range(R):
-                k, total = zone_h(p, t, n, j), dh[j] + dy[t, n, j]
-                dh[j], dnew_h[j] = k * total, (1.0 - k) * total
-            for j in range(H):
-                k, total = zone_c(p, t, n, j), dc[j]
-                dc[j], dnew_c[j] = k * total, (1.0 - k) * total
-            dout = dnew_h
-            if projects:
-                dout = np.zeros_like(dc)
-                add_transposed(p.w_hr, dnew_h, dout)
-                add_outer(dnew_h, out.out[t, n], d.w_hr)
+            # From the gradient of what comes after the step to that of what comes before it
+            k_h, k_c = p.zones(t, n)
+            dh, dh_new = k_h * (dh + dy[t, n]), (1.0 - k_h) * (dh + dy[t, n])
+            dc, dc_new = k_c * dc, (1.0 - k_c) * dc
+            if p.w_hr is not None:
+                d["w_hr"] += np.outer(dh_new, h_new)
+                dh_new = p.w_hr.T @ dh_new
+            dgx, dgh, down = np.zeros_like(gx), np.zeros_like(gh), np.zeros_like(own)
+            dmid = dh_new
+            if cell.middle != "none":
+                dmid = np.zeros_like(mid)
+                output_units_backward(
+                    cell.output_backward, gx, gh, p.w_unit, own, c, mid, gates, dh_new,
+                    dgx, dgh, d["w_unit"], down, dc, dmid,
+                )  # fmt: skip
+            if p.w_hh is not None and cell.middle == "product":
+                d["w_hh"][p.rows :] += np.outer(dgh[-1], p.h_mask[n] * mid)
+                dmid = dmid + p.h_mask[n] * (p.w_hh[p.rows :].T @ dgh[-1])
+            elif cell.middle == "norm":
+                dmid = standardise_backward(mid, scales[2], dmid)
+            backward_units(
+                cell.backward, gx, gh, p.w_unit, own, c, p.clip, gates, mid, c_new, dmid, dc_new,
+                dgx, dgh, d["w_unit"], down, dc,
+            )  # fmt: skip
+            if cell.normed:
+                dgx, dgh = standardise_backward(gx, scales[0], dgx), standardise_backward(gh, scales[1], dgh)
 
-            dgx, dgh, dmid = np.zeros_like(gx), np.zeros_like(gh), np.zeros_like(dc)
-            for j in range(H):
-                prev = State(0.0 if projects else h[j], c[j])
-                da_x, da_h, dprev, dunit, dmid[j] = output_backward(
-                    gx[:, j], gh[:, j], p.w_unit[:, j], prev, gates[:, j], mid[j], dout[j]
-                )
-                add_column(da_x, j, dgx)
-                add_column(da_h, j, dgh)
-                add_column(dunit, j, d.w_unit)
-                if not projects:
-                    dh[j] += dprev.h
-            if p.product_middle:
-                dmasked = np.zeros_like(dmid)
-                add_transposed(p.w_hh[rows:], dgh[-1], dmasked)
-                dmid += p.h_mask[n] * dmasked
-                add_outer(dgh[-1], p.h_mask[n] * mid, d.w_hh[rows:])
-            if p.norm_middle:
-                standardise_backward(mid, out.scales[t, n, 2], dmid)
-            for j in range(H):
-                prev, next = State(0.0 if projects else h[j], c[j]), State(mid[j], out.c_new[t, n, j])
-                da_x, da_h, dprev, dunit = cell_backward(
-                    gx[:, j], gh[:, j], p.w_unit[:, j], prev, p.clip, gates[:, j], next, State(dmid[j], dnew_c[j])
-                )
-                add_column(da_x, j, dgx)
-                add_column(da_h, j, dgh)
-                add_column(dunit, j, d.w_unit)
-                dc[j] += dprev.c
-                if not projects:
-                    dh[j] += dprev.h
-
-            if p.normed:
-                standardise_backward(gx.ravel(), out.scales[t, n, 0], dgx.ravel())
-                standardise_backward(gh.ravel(), out.scales[t, n, 1], dgh.ravel())
-            dmasked = np.zeros_like(dh)
-            add_transposed(p.w_hh[:rows], dgh.ravel()[:rows], dmasked)
-            dh += p.h_mask[n] * dmasked
-            add_outer(dgh.ravel()[:rows], p.h_mask[n] * h, d.w_hh)
-            add_transposed(p.w_ih, dgx.ravel(), d.x[t, n])
-            add_outer(dgx.ravel(), p.x[t, n], d.w_ih)
-            for row in range(len(d.b_ih)):
-                d.b_ih[row] += dgx.ravel()[row]
-                d.b_hh[row] += dgh.ravel()[row]
-            if restarts(p, n, step, t):
+            if p.w_hr is None:
+                dh = dh + down
+            if p.w_hh is not None:
+                d["w_hh"][: p.rows] += np.outer(dgh.ravel()[: p.rows], p.h_mask[n] * h)
+                dh = dh + p.h_mask[n] * (p.w_hh[: p.rows].T @ dgh.ravel()[: p.rows])
+            d["x"][t, n] = p.w_ih.T @ dgx.ravel()
+            d["w_ih"] += np.outer(dgx, p.x[t, n])
+            d["b_ih"] += dgx.ravel()
+            d["b_hh"] += dgh.ravel()
+            if p.restarts(t, n):
                 if p.to_initial:
-                    d.h0[n] += dh
-                    d.c0[n] += dc
-                dh[:], dc[:] = 0.0, 0.0
-        d.h0[n] += dh
-        d.c0[n] += dc
+                    d["h0"][n] += dh
+                    d["c0"][n] += dc
+                dh, dc = np.zeros_like(dh), np.zeros_like(dc)
+        d["h0"][n] += dh
+        d["c0"][n] += dc
+    return d
 
 
 # ---- The backend: what gatewise.functional calls, with arguments it has checked ----------------------------
@@ -799,14 +783,14 @@ class Layout(NamedTuple):
     T: int
     N: int
     batch_first: bool
-    packed: Maybe  # bool [T,N], true where packed input has a row
+    packed: Array | None  # bool [T,N], true where packed input has a row
 
     def to_time_major(self, array: Array) -> Array:
         if self.packed is not None:
             padded = np.zeros((self.T, self.N, *array.shape[1:]), array.dtype)
             padded[self.packed] = array
             return padded
-        return np.ascontiguousarray(array.swapaxes(0, 1)) if self.batch_first else array
+        return array.swapaxes(0, 1) if self.batch_first else array
 
     def from_time_major(self, array: Array) -> Array:
         if self.packed is not None:
@@ -838,16 +822,16 @@ def prepare(
     maths, rows = CELLS[cell], len(w_ih)
     H = rows // maths.G
     R = H if w_hr is None else len(w_hr)
-    if batch_sizes is not None:
+    if batch_sizes is None:
+        T, N = x.shape[1::-1] if batch_first else x.shape[:2]
+        layout, lengths = Layout(T, N, batch_first, None), np.full(N, T) if lengths is None else lengths
+    else:
         T, N = len(batch_sizes), int(max(batch_sizes, default=0))
         packed = np.arange(N) < np.asarray(batch_sizes)[:, None]
         layout, lengths = Layout(T, N, False, packed), packed.sum(axis=0)
-    else:
-        T, N = x.shape[1::-1] if batch_first else x.shape[:2]
-        layout = Layout(T, N, batch_first, None)
 
     def widened(name: str, array: Maybe, *shape: int) -> Array:
-        real = np.zeros(shape) if array is None else np.array(array, np.float64)
+        real = np.zeros(shape) if array is None else np.asarray(array, np.float64)
         if direction is None:
             return real
         along = direction.get("d" + name)
@@ -859,70 +843,43 @@ def prepare(
         return real + 1j * STEP * np.asarray(along, np.float64)
 
     return Inputs(
+        cell=maths,
         x=layout.to_time_major(widened("x", x)),
         w_ih=widened("w_ih", w_ih),
-        w_hh=widened("w_hh", w_hh, rows, R if maths.product else 0),
+        w_hh=None if w_hh is None else widened("w_hh", w_hh),
         b_ih=widened("b_ih", b_ih, rows),
         b_hh=widened("b_hh", b_hh, rows),
         h0=widened("h0", h0, N, R),
         c0=widened("c0", c0, N, H),
         w_unit=widened("w_unit", w_unit, maths.U * H).reshape(maths.U, H),
-        w_hr=widened("w_hr", w_hr, 0, H),
-        h_mask=np.ones((N, R)) if h_mask is None else np.array(h_mask, np.float64),
-        lengths=np.full(N, T, np.int64) if lengths is None else np.array(lengths, np.int64),
+        w_hr=None if w_hr is None else widened("w_hr", w_hr),
+        h_mask=np.ones((N, R)) if h_mask is None else np.asarray(h_mask, np.float64),
+        lengths=np.asarray(lengths),
         reverse=reverse,
-        reset=np.zeros((T, N), bool) if reset is None else np.array(layout.to_time_major(reset), bool),
+        reset=np.zeros((T, N), bool) if reset is None else layout.to_time_major(reset),
         to_initial=reset_to == "initial",
         zoneout_h=float(zoneout_h),
         zoneout_c=float(zoneout_c),
-        random=seed is not None,
-        seed=uint64(seed or 0),
+        seed=None if seed is None else uint64(seed),
         clip=np.inf if clip is None else float(clip),
-        normed=maths.normed,
-        product_middle=maths.middle == "product",
-        norm_middle=maths.middle == "norm",
     ), layout
 
 
-def run_forward(cell: str, p: Inputs) -> Steps:
-    maths, (T, N, _), (R, H), dtype = CELLS[cell], p.x.shape, (p.h0.shape[1], p.c0.shape[1]), p.x.dtype
-    of_h, of_c, of_gates = (T, N, R), (T, N, H), (T, N, maths.G, H)
-    shapes = of_h, of_c, (N, R), (N, H), of_h, of_c, of_gates, of_gates, of_gates, of_c, of_c, of_c, (T, N, 3)
-    out = Steps(*(np.zeros(shape, dtype) for shape in shapes))
-    with np.errstate(over="ignore"):  # without Numba: of the random bits, which wrap around
-        layer_forward(maths.forward, maths.output, p, out)
-    return out
-
-
-def run_backward(cell: str, p: Inputs, layout: Layout, out: Steps, *incoming: Maybe) -> dict[str, Array]:
+def run_backward(p: Inputs, layout: Layout, out: Steps, dy: Maybe, dhn: Maybe, dcn: Maybe) -> dict[str, Array]:
     """The gradients that the layer has, by name, in the caller's shapes, from those of y, hn and cn."""
-    maths = CELLS[cell]
-    dy, dhn, dcn = incoming
-    dy = np.zeros_like(out.y) if dy is None else layout.to_time_major(dy).astype(out.y.dtype)
-    dhn, dcn = (
+    dy, dhn, dcn = (
         np.zeros_like(end) if given is None else given.astype(end.dtype)
-        for given, end in ((dhn, out.hn), (dcn, out.cn))
+        for given, end in ((None if dy is None else layout.to_time_major(dy), out.y), (dhn, out.hn), (dcn, out.cn))
     )
-    weights = p._asdict()
-    arrays = {name: weights[name] for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_unit", "w_hr")}
-    d = p._replace(**{name: np.zeros_like(array) for name, array in arrays.items()})
-    with np.errstate(over="ignore"):
-        layer_backward(maths.backward, maths.output_backward, p, out, dy, dhn, dcn, d)
-    absent = {
-        "c0": not maths.has_c,
-        "w_hh": not maths.product,
-        "b_ih": maths.normed,
-        "b_hh": maths.normed,
-        "w_unit": maths.U == 0,
-        "w_hr": len(p.w_hr) == 0,
-    }
-    grads = {"d" + name: getattr(d, name) for name in arrays if not absent.get(name, False)}
-    grads["dx"] = layout.from_time_major(grads["dx"])
-    if maths.U:
-        grads["dw_unit"] = grads["dw_unit"].ravel()
-    return grads
+    grads, cell = layer_backward(p, out, dy, dhn, dcn), p.cell
+    grads["x"], grads["w_unit"] = layout.from_time_major(grads["x"]), grads["w_unit"].ravel()
+    there = {
+        "c0": cell.has_c, "b_ih": not cell.normed, "b_hh": not cell.normed, "w_unit": cell.U > 0,
+    }  # fmt: skip
+    return {"d" + name: grad for name, grad in grads.items() if there.get(name, True)}
 
 
+@np.errstate(all="ignore")
 def forward(cell: str, inputs: tuple[Any, ...]) -> tuple[Array, Array, Maybe, Array, Maybe]:
     """One layer forward: y [T,N,R], hn [N,R], cn [N,H], gates [T,N,G,H] and every c [T,N,H], in x's dtype.
 
@@ -930,34 +887,36 @@ def forward(cell: str, inputs: tuple[Any, ...]) -> tuple[Array, Array, Maybe, Ar
     lies as x does: batch-major or packed.
     """
     p, layout = prepare(cell, inputs)
-    out = run_forward(cell, p)
+    out = layer_forward(p)
     y, gates, c = (layout.from_time_major(a) for a in (out.y, out.gates, out.c))
     y, hn, cn, gates, c = (a.astype(inputs[0].dtype, copy=False) for a in (y, out.hn, out.cn, gates, c))
-    return (y, hn, cn, gates, c) if CELLS[cell].has_c else (y, hn, None, gates, None)
+    return (y, hn, cn, gates, c) if p.cell.has_c else (y, hn, None, gates, None)
 
 
+@np.errstate(all="ignore")
 def backward(cell: str, inputs: tuple[Any, ...], dy: Maybe, dhn: Maybe, dcn: Maybe) -> dict[str, Array]:
     """The gradients of all that the layer has, in x's dtype, after a forward pass over the same inputs."""
     p, layout = prepare(cell, inputs)
-    grads = run_backward(cell, p, layout, run_forward(cell, p), dy, dhn, dcn)
+    grads = run_backward(p, layout, layer_forward(p), dy, dhn, dcn)
     return {name: grad.astype(inputs[0].dtype, copy=False) for name, grad in grads.items()}
 
 
+@np.errstate(all="ignore")
 def double_backward(
     cell: str, inputs: tuple[Any, ...], dy: Maybe, dhn: Maybe, dcn: Maybe, direction: dict[str, Maybe]
-) -> dict[str, Maybe]:
+) -> dict[str, Array]:
     """The derivatives along `direction`, which is by the gradients' names, of forward's results and of backward's.
 
     Raises:
         ValueError: a direction is not like the gradient it belongs to.
     """
     p, layout = prepare(cell, inputs, direction)
-    out = run_forward(cell, p)
-    grads = run_backward(cell, p, layout, out, dy, dhn, dcn)
+    out = layer_forward(p)
+    grads = run_backward(p, layout, out, dy, dhn, dcn)
     if unknown := [name for name, along in direction.items() if along is not None and name not in grads]:
         raise ValueError(f"d{unknown[0]}: expected None, for the layer has no {unknown[0][1:]}; got an array")
     results = {"ddy": layout.from_time_major(out.y), "ddhn": out.hn, **grads}
-    if CELLS[cell].has_c:
+    if p.cell.has_c:
         results["ddcn"] = out.cn
     return {name: (a.imag / STEP).astype(inputs[0].dtype) for name, a in results.items()}
 
