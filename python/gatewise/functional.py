@@ -24,11 +24,9 @@ Lengths = Optional[NDArray[np.int64]]
 
 
 class Options(TypedDict, total=False):
-    """What a forward pass may be told by keyword; each may be left out.
+    """Further options of a forward pass, beside lengths, reverse, backend and num_threads: each may be left out.
 
     Which steps there are:
-        lengths: int64 [N], the valid steps of each sequence, 0 to T in any order; None: T for all. Outputs past a
-            sequence's end are 0, its final state is the one at its own end, and nothing past the end is read.
         batch_sizes: int64 [T], positive, not increasing: x is packed as in torch's PackedSequence, [rows, I] with
             batch_sizes[t] rows of step t after those of step t - 1, the longest sequence first. y, dy, dx and reset
             are packed alike, N = batch_sizes[0]; the states stay [N, ·] in the order of those rows.
@@ -37,8 +35,6 @@ class Options(TypedDict, total=False):
             nor does a gradient.
         reset_to: the state in which a segment starts: "initial" (h0 and c0, which then sum the gradients of all
             their segments) or "zero".
-        reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state after
-            step 0.
 
     Weights that only some layers have:
         w_unit: [U*H] the per-unit weights of a cell that has any, block after block (see `gatewise.cells`).
@@ -53,19 +49,15 @@ class Options(TypedDict, total=False):
             over all seeds, as at inference.
         cell_clip: c is limited to ±cell_clip before h is made of it.
 
-    How to run:
+    Memory:
         save: what the tape keeps for backward: "all"; "states", h and c, from which backward recomputes the gates to
             the same bits; "checkpoints", those of every few steps, about √T of them. The reference recomputes always.
-        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
-        num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
     """
 
-    lengths: Lengths
     batch_sizes: Lengths
     batch_first: bool
     reset: NDArray[np.bool_] | None
     reset_to: Literal["initial", "zero"]
-    reverse: bool
     w_unit: Array | None
     w_hr: Array | None
     h_mask: Array | None
@@ -74,14 +66,10 @@ class Options(TypedDict, total=False):
     seed: int | None
     cell_clip: float | None
     save: Literal["all", "states", "checkpoints"]
-    backend: str | None
-    num_threads: int | None
 
 
-# The options that have a place of their own among the arguments of _forward, and those that travel as one tuple, in
-# the order of _core.pyi.
 _INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "lengths", "reverse", "extras")  # of _core.Problem
-_PLACED = ("lengths", "reverse", "backend", "num_threads")
+# `Options` and their defaults, in the order of the tuple `extras` of _core.pyi
 _EXTRAS: dict[str, Any] = {
     "w_unit": None, "w_hr": None, "h_mask": None, "reset": None, "reset_to": "initial", "zoneout_h": 0.0,
     "zoneout_c": 0.0, "seed": None, "cell_clip": None, "batch_sizes": None, "batch_first": False, "save": "all",
@@ -244,6 +232,10 @@ def forward(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     training: bool = True,
     **options: Unpack[Options],
 ) -> Tape:
@@ -257,6 +249,13 @@ def forward(
             product.
         b_ih, b_hh: [G*H] biases, each may be None for zeros, and is None for a normalised cell.
         h0, c0: [N, R], [N, H] initial state, each may be None for zeros; `c0` only for a cell with c.
+        lengths: int64 [N], the valid steps of each sequence, 0 to T in any order; None means T for all. Outputs
+            past a sequence's end are 0, its final state is the one at its own end, and nothing past the end
+            influences anything.
+        reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state
+            after step 0.
+        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
+        num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
         training: keep what `backward` needs.
         options: see `Options`.
 
@@ -271,35 +270,19 @@ def forward(
         TypeError: an option that is none of `Options`.
         MemoryError: the outputs, or what is kept for backward, do not fit into memory.
     """
-    return _run(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training, options)
+    extras = _extras(options)
+    return _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, training, extras=extras
+    )
 
 
-def _run(
-    cell: str,
-    x: Array,
-    w_ih: Array,
-    w_hh: Array | None,
-    b_ih: Array | None,
-    b_hh: Array | None,
-    h0: Array | None,
-    c0: Array | None,
-    training: bool,
-    options: Options,
-) -> Tape:
-    """`forward` with its options as they came."""
-    if not options:
-        return _forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training=training)
-    given: dict[str, Any] = {**options}
-    placed = {name: given.pop(name) for name in _PLACED if name in given}
-    return _forward(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, training=training, extras=_extras(given), **placed)
-
-
-def _extras(options: dict[str, Any]) -> tuple[Any, ...] | None:
+def _extras(options: Options) -> tuple[Any, ...] | None:
     """The tuple of _core.pyi that holds these options; None if every one is at its default."""
+    if not options:
+        return None
     if unknown := [name for name in options if name not in _EXTRAS]:
-        known = ", ".join(Options.__annotations__)
-        raise TypeError(f"{', '.join(unknown)}: expected options among {known}")
-    extras = {**_EXTRAS, **options}
+        raise TypeError(f"{', '.join(unknown)}: no such option; further options are {', '.join(_EXTRAS)}")
+    extras: dict[str, Any] = {**_EXTRAS, **options}
     return None if all(extras[name] is default for name, default in _EXTRAS.items()) else tuple(extras.values())
 
 
@@ -414,7 +397,8 @@ def _backward(
     """`backward`, and for benchmarks `ticks`, as in `_forward`."""
     if not isinstance(tape, Tape):
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
-    tape._need_training()
+    if not tape._training:
+        tape._need_training()
     if tape._wide is not None:
         dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
         return Gradients(**_rounded_like_inputs(tape, _backward(tape._wide, dy, dhn, dcn, wanted, num_threads, ticks)))
@@ -515,10 +499,17 @@ def lstm_forward(
     c0: Array | None = None,
     *,
     cell: str = "lstm",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> Tape:
     """Forward pass of an LSTM, or of its kin `cell`="lstm_*", kept for `lstm_backward`. Arguments as in `forward`."""
-    return _run(_cell_of(cell, "lstm"), x, w_ih, w_hh, b_ih, b_hh, h0, c0, True, options)
+    cell = cell if cell == "lstm" else _cell_of(cell, "lstm")
+    return _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+    )
 
 
 def gru_forward(
@@ -530,10 +521,17 @@ def gru_forward(
     h0: Array | None = None,
     *,
     cell: str = "gru",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> Tape:
     """Forward pass of a GRU, or of its kin `cell`="gru_*", kept for `gru_backward`. Arguments as in `forward`."""
-    return _run(_cell_of(cell, "gru"), x, w_ih, w_hh, b_ih, b_hh, h0, None, True, options)
+    cell = cell if cell == "gru" else _cell_of(cell, "gru")
+    return _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+    )
 
 
 def rnn_forward(
@@ -545,10 +543,17 @@ def rnn_forward(
     h0: Array | None = None,
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> Tape:
     """Forward pass of a plain RNN, kept for `rnn_backward`. Arguments as in `forward`; H weight rows."""
-    return _run(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, True, options)
+    cell = rnn_cell(nonlinearity)
+    return _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+    )
 
 
 def rnn_cell(nonlinearity: str) -> str:
@@ -604,7 +609,7 @@ def rnn_backward(
 
 
 def _tape_of(tape: Tape, layer: str) -> Tape:
-    if isinstance(tape, Tape) and tape.cell.split("_")[0] != layer:
+    if isinstance(tape, Tape) and tape.cell != layer and tape.cell.split("_")[0] != layer:
         raise ValueError(f"tape: expected the tape of a {layer} forward pass; got that of cell {tape.cell!r}")
     return tape
 
@@ -619,10 +624,17 @@ def lstm(
     c0: Array | None = None,
     *,
     cell: str = "lstm",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, tuple[Array, Array]]:
     """An LSTM without a tape: y [T, N, R], hn [N, R] and cn [N, H]. Arguments as in `lstm_forward`; gates i f g o."""
-    tape = _run(_cell_of(cell, "lstm"), x, w_ih, w_hh, b_ih, b_hh, h0, c0, False, options)
+    cell = cell if cell == "lstm" else _cell_of(cell, "lstm")
+    tape = _forward(
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False, extras=_extras(options)
+    )
     assert tape.cn is not None
     return tape.y, (tape.hn, tape.cn)
 
@@ -636,10 +648,30 @@ def gru(
     h0: Array | None = None,
     *,
     cell: str = "gru",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, Array]:
     """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `gru_forward`; gates r z n."""
-    tape = _run(_cell_of(cell, "gru"), x, w_ih, w_hh, b_ih, b_hh, h0, None, False, options)
+    cell = cell if cell == "gru" else _cell_of(cell, "gru")
+    tape = _forward(
+        cell,
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        h0,
+        None,
+        lengths,
+        reverse,
+        backend,
+        num_threads,
+        False,
+        extras=_extras(options),
+    )
     return tape.y, tape.hn
 
 
@@ -652,8 +684,28 @@ def rnn(
     h0: Array | None = None,
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
+    lengths: Lengths = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, Array]:
     """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `rnn_forward`."""
-    tape = _run(rnn_cell(nonlinearity), x, w_ih, w_hh, b_ih, b_hh, h0, None, False, options)
+    cell = rnn_cell(nonlinearity)
+    tape = _forward(
+        cell,
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        h0,
+        None,
+        lengths,
+        reverse,
+        backend,
+        num_threads,
+        False,
+        extras=_extras(options),
+    )
     return tape.y, tape.hn
