@@ -13,7 +13,9 @@ def choose_arch() -> str: ...
 def available_cores() -> int: ...
 def choose_num_threads(num_threads: Any) -> tuple[int, str]: ...  # and who said so
 def environment(name: str) -> str | None: ...  # as the C library sees it; os.environ writes to it
-def dropout(x: Any, p: float, seed: int, same_at_every_step: bool) -> Any: ...  # x [T, N, K], a new array
+def dropout(
+    x: Any, p: float, seed: int, same_at_every_step: bool = False, batch_first: bool = False, batch_sizes: Any = None
+) -> Any: ...  # a new array; x [T, N, width] as in any of a layer's layouts
 def evaluate(function: str, x: Any, arch: str) -> Any: ...
 def fma_rate(arch: str, dtype: str, seconds: float) -> float: ...
 
@@ -125,13 +127,7 @@ def backward(
     dy: Any,
     dhn: Any,
     dcn: Any,
-    dx: Any,
-    dh0: Any,
-    dc0: Any,
-    dw_ih: Any,
-    dw_hh: Any,
-    db_ih: Any,
-    db_hh: Any,
+    gradients: tuple[Any, ...],  # in the order of functional.Gradients
     scratch: Any,
     threads: int,
     ticks: Any = None,

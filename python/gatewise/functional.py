@@ -204,7 +204,7 @@ class Tape:
         """`array`, which a forward pass keeps if its option `save` is one of `saves`."""
         self._need_training()
         extras = self._inputs[-1]
-        save = "all" if extras is None else extras[-1]
+        save = (None if extras is None else extras[-1]) or "all"
         if array is None or save not in saves:
             raise ValueError(f"tape: {what} were not kept: save={save!r}; run the forward pass with save={saves[-1]!r}")
         return array
@@ -270,7 +270,7 @@ def forward(
         TypeError: an option that is none of `Options`.
         MemoryError: the outputs, or what is kept for backward, do not fit into memory.
     """
-    extras = _extras(options)
+    extras = _extras(options) if options else None
     return _forward(
         cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, training, extras=extras
     )
@@ -278,8 +278,6 @@ def forward(
 
 def _extras(options: Options) -> tuple[Any, ...] | None:
     """The tuple of _core.pyi that holds these options; None if every one is at its default."""
-    if not options:
-        return None
     if unknown := [name for name in options if name not in _EXTRAS]:
         raise TypeError(f"{', '.join(unknown)}: no such option; further options are {', '.join(_EXTRAS)}")
     extras: dict[str, Any] = {**_EXTRAS, **options}
@@ -315,21 +313,17 @@ def _forward(
     if name == "cpu":
         run = _core.run_forward(
             cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, num_threads, training, ticks, packed, promise,
-            *_more(extras),
+            extras,
         )  # fmt: skip
         return Tape(cell, name, training, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras), *run)
     from . import reference
 
     choose_num_threads(num_threads)  # no use for it here, but it must be one
-    p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, *_more(extras))
+    p = _core.Problem(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras)
     lengths = None if lengths is None else lengths.copy()  # they steer addresses, and the caller may change its array
     inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
     out = reference.forward(cell, inputs)
     return Tape(cell, name, training, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
-
-
-def _more(extras: Any) -> Any:  # until _core takes extras
-    return (extras,) if "U" in _core.cells["lstm"] else ()
 
 
 def _is_half(array: Array) -> bool:
@@ -485,7 +479,7 @@ def _double_backward(
     from . import reference
 
     # Validated again: whoever changed `lengths` since then must not steer the loops out of the arrays.
-    _core.Problem(tape.cell, *tape._inputs[:-1], *_more(tape._inputs[-1])).check_incoming(dy, dhn, dcn)
+    _core.Problem(tape.cell, *tape._inputs).check_incoming(dy, dhn, dcn)
     return SecondGradients(**reference.double_backward(tape.cell, tape._inputs, dy, dhn, dcn, direction))
 
 
@@ -507,8 +501,9 @@ def lstm_forward(
 ) -> Tape:
     """Forward pass of an LSTM, or of its kin `cell`="lstm_*", kept for `lstm_backward`. Arguments as in `forward`."""
     cell = cell if cell == "lstm" else _cell_of(cell, "lstm")
+    extras = _extras(options) if options else None
     return _forward(
-        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, True, extras=extras
     )
 
 
@@ -529,8 +524,9 @@ def gru_forward(
 ) -> Tape:
     """Forward pass of a GRU, or of its kin `cell`="gru_*", kept for `gru_backward`. Arguments as in `forward`."""
     cell = cell if cell == "gru" else _cell_of(cell, "gru")
+    extras = _extras(options) if options else None
     return _forward(
-        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=extras
     )
 
 
@@ -551,8 +547,9 @@ def rnn_forward(
 ) -> Tape:
     """Forward pass of a plain RNN, kept for `rnn_backward`. Arguments as in `forward`; H weight rows."""
     cell = rnn_cell(nonlinearity)
+    extras = _extras(options) if options else None
     return _forward(
-        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=_extras(options)
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, True, extras=extras
     )
 
 
@@ -632,8 +629,9 @@ def lstm(
 ) -> tuple[Array, tuple[Array, Array]]:
     """An LSTM without a tape: y [T, N, R], hn [N, R] and cn [N, H]. Arguments as in `lstm_forward`; gates i f g o."""
     cell = cell if cell == "lstm" else _cell_of(cell, "lstm")
+    extras = _extras(options) if options else None
     tape = _forward(
-        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False, extras=_extras(options)
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, backend, num_threads, False, extras=extras
     )
     assert tape.cn is not None
     return tape.y, (tape.hn, tape.cn)
@@ -656,21 +654,9 @@ def gru(
 ) -> tuple[Array, Array]:
     """A GRU without a tape: y [T, N, H], hn [N, H]. Arguments as in `gru_forward`; gates r z n."""
     cell = cell if cell == "gru" else _cell_of(cell, "gru")
+    extras = _extras(options) if options else None
     tape = _forward(
-        cell,
-        x,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        h0,
-        None,
-        lengths,
-        reverse,
-        backend,
-        num_threads,
-        False,
-        extras=_extras(options),
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False, extras=extras
     )
     return tape.y, tape.hn
 
@@ -692,20 +678,8 @@ def rnn(
 ) -> tuple[Array, Array]:
     """A plain RNN without a tape: y [T, N, H], hn [N, H]. Arguments as in `rnn_forward`."""
     cell = rnn_cell(nonlinearity)
+    extras = _extras(options) if options else None
     tape = _forward(
-        cell,
-        x,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        h0,
-        None,
-        lengths,
-        reverse,
-        backend,
-        num_threads,
-        False,
-        extras=_extras(options),
+        cell, x, w_ih, w_hh, b_ih, b_hh, h0, None, lengths, reverse, backend, num_threads, False, extras=extras
     )
     return tape.y, tape.hn

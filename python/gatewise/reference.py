@@ -805,26 +805,15 @@ def prepare(
 ) -> tuple[Inputs, Layout]:
     """The caller's arguments as float64 copies that are complete, or as complex ones with a direction."""
     x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras = inputs
-    w_unit, w_hr, h_mask, reset, reset_to, zoneout_h, zoneout_c, seed, clip, batch_sizes, batch_first, _ = extras or (
-        None,
-        None,
-        None,
-        None,
-        "initial",
-        0.0,
-        0.0,
-        None,
-        None,
-        None,
-        False,
-        "all",
+    w_unit, w_hr, h_mask, reset, reset_to, zoneout_h, zoneout_c, seed, clip, batch_sizes, batch_first, _ = (
+        extras or 12 * (None,)
     )
     maths, rows = CELLS[cell], len(w_ih)
     H = rows // maths.G
     R = H if w_hr is None else len(w_hr)
     if batch_sizes is None:
         T, N = x.shape[1::-1] if batch_first else x.shape[:2]
-        layout, lengths = Layout(T, N, batch_first, None), np.full(N, T) if lengths is None else lengths
+        layout, lengths = Layout(T, N, bool(batch_first), None), np.full(N, T) if lengths is None else lengths
     else:
         T, N = len(batch_sizes), int(max(batch_sizes, default=0))
         packed = np.arange(N) < np.asarray(batch_sizes)[:, None]
@@ -857,9 +846,9 @@ def prepare(
         lengths=np.asarray(lengths),
         reverse=reverse,
         reset=np.zeros((T, N), bool) if reset is None else layout.to_time_major(reset),
-        to_initial=reset_to == "initial",
-        zoneout_h=float(zoneout_h),
-        zoneout_c=float(zoneout_c),
+        to_initial=reset_to != "zero",
+        zoneout_h=float(zoneout_h or 0.0),
+        zoneout_c=float(zoneout_c or 0.0),
         seed=None if seed is None else uint64(seed),
         clip=np.inf if clip is None else float(clip),
     ), layout
