@@ -1,15 +1,20 @@
-"""The Numba reference is right: against PyTorch in float64, against finite differences, cell by cell."""
+"""The Numba reference is right: against PyTorch in float64, against finite differences, every cell and option."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import gatewise as gw
 import problems
@@ -52,32 +57,6 @@ def test_float32_is_rounded_float64(cell: str) -> None:
         problems.check(problem, problems.run(problem, problems.draw(problem), "reference"))
 
 
-@pytest.mark.parametrize("options", ["h0", "lengths,reverse,h0", "nobias,lengths,h0"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradients_equal_finite_differences(cell: str, options: str) -> None:
-    """Of every number that goes in, by central differences of the loss that dy, dhn and dcn define."""
-    problem = Problem.parse(f"{cell}:T4,N3,I2,H3:f64:{options}")
-    inputs = problems.draw(problem)
-
-    def loss() -> float:
-        tape = problems.tape_of(problem, inputs, "reference")
-        pairs = [(tape.y, inputs.dy), (tape.hn, inputs.dhn), (tape.cn, inputs.dcn)]
-        return sum(float((a * da).sum()) for a, da in pairs if a is not None)
-
-    for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"):
-        if (values := getattr(inputs, name)) is None:
-            continue
-        numeric, step = np.empty_like(values), 1e-5
-        for index in np.ndindex(values.shape):
-            kept = values[index]
-            values[index] = kept + step
-            up = loss()
-            values[index] = kept - step
-            numeric[index] = (up - loss()) / (2 * step)
-            values[index] = kept
-        assert close(problems.truth(problem)["d" + name], numeric, 1e-8), name
-
-
 @pytest.mark.parametrize("cell", problems.TORCH)
 def test_cell_equals_torch_cell(cell: str) -> None:
     """One unit; with W_ih = 1 and W_hh = 0 PyTorch's x is gx and its b_hh is gh, and so their gradients."""
@@ -96,10 +75,11 @@ def test_cell_equals_torch_cell(cell: str) -> None:
         out = layer(x, (prev[:1], prev[1:])) if maths.has_c else (layer(x, prev[:1]),)
         sum((a * da).sum() for a, da in zip(out, (dh, dc))).backward()
 
-        saved, next = maths.forward(gx, gh, reference.State(h, c))
+        before = gx, gh, np.zeros(0), reference.State(h, c), np.inf
+        gates, next = maths.forward(*before)
         assert np.allclose(next[: len(out)], [a.item() for a in out], rtol=0, atol=1e-14)
-        assert len(saved) == maths.S
-        dgx, dgh, dprev = maths.backward(saved, reference.State(h, c), next, reference.State(dh, dc))
+        assert len(gates) == maths.G
+        dgx, dgh, dprev, _ = maths.backward(*before, gates, next, reference.State(dh, dc))
         assert np.allclose(dgx, x.grad[0], rtol=0, atol=1e-14)
         assert np.allclose(dgh, layer.bias_hh.grad, rtol=0, atol=1e-14)
         assert np.allclose(dprev[: len(out)], prev.grad[: len(out), 0], rtol=0, atol=1e-14)
@@ -115,8 +95,11 @@ def test_sigmoid_is_accurate_everywhere() -> None:
 
 
 def test_nan_is_not_rectified_away() -> None:
-    _, next = reference.RnnRelu.forward((np.nan,), (0.0,), reference.State(0.0, 0.0))
-    assert np.isnan(next.h)
+    before = (np.nan,), (0.0,), (1.0,), reference.State(0.0, 0.0), np.inf
+    for cell in (reference.RnnRelu, reference.IndRnnRelu):
+        _, next = cell.forward(*before)
+        assert np.isnan(next.h)
+    assert np.isnan(reference.clipped(np.nan, 1.0))
 
 
 @pytest.mark.parametrize("reverse", ["", ",reverse"])
@@ -173,3 +156,482 @@ def test_plain_python_gives_the_same_numbers(tmp_path: Path) -> None:
         for name, value in problems.run(problem, problems.draw(problem), "reference").items():
             tolerance = 4 * np.finfo(value.dtype).eps
             assert close(plain[f"{problem} {name}"], value, tolerance), f"{text}: {name}"
+
+
+# ---- Every cell with every option, against a loop written in PyTorch ---------------------------------------
+#
+# The loop is another formulation: whole batches and matrix products, PyTorch's own functions and gradients, masks from
+# a NumPy formulation of the random bits, packed sequences unpacked by PyTorch. It knows nothing of reference.py.
+
+T, N, I, H = 5, 4, 3, 6
+LENGTHS = np.array([5, 0, 3, 4])
+# name: (keywords of functional.forward, whether it is for cells with c only)
+COMBINATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "lengths, reverse": ({"lengths": LENGTHS, "reverse": True}, False),
+    "reset": ({"reset": True, "lengths": LENGTHS}, False),
+    "reset to zero, reverse": ({"reset": True, "reset_to": "zero", "reverse": True, "lengths": LENGTHS}, False),
+    "mask, zoneout": ({"h_mask": True, "zoneout_h": 0.4, "zoneout_c": 0.3, "seed": 2**63 + 11}, False),
+    "zoneout's expectation": ({"zoneout_h": 0.4, "zoneout_c": 0.3, "reverse": True}, False),
+    "clip": ({"cell_clip": 0.4}, True),
+    "projection": ({"w_hr": True, "h_mask": True, "zoneout_h": 0.3, "seed": 5}, True),
+    "packed": ({"batch_sizes": np.array([4, 4, 3, 1, 1]), "reverse": True, "reset": True, "zoneout_h": 0.5, "seed": 1},
+               False),
+    "batch first": ({"batch_first": True, "reset": True, "lengths": LENGTHS, "zoneout_c": 0.5, "seed": 0}, False),
+    "all": ({"w_hr": True, "h_mask": True, "zoneout_h": 0.2, "zoneout_c": 0.3, "seed": 3, "cell_clip": 0.5,
+             "reset": True, "lengths": LENGTHS, "reverse": True, "batch_first": True, "reset_to": "zero"}, True),
+}  # fmt: skip
+NAMES = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "w_unit", "w_hr")
+
+
+def runs_of_cells() -> Iterator[tuple[str, str]]:
+    for cell, maths in reference.CELLS.items():
+        for name, (options, needs_c) in COMBINATIONS.items():
+            if (maths.has_c or not needs_c) and not ("w_hr" in options and maths.middle != "none"):
+                yield cell, name
+
+
+@dataclass
+class Call:
+    """A call of functional.forward on the reference: float64 arrays by name, and the other keywords."""
+
+    cell: str
+    arrays: dict[str, np.ndarray]
+    options: dict[str, Any]
+
+    def forward(self, arrays: dict[str, np.ndarray], backend: str = "reference") -> gw.Tape:
+        given = [arrays.get(name) for name in NAMES]
+        return gw.functional.forward(
+            self.cell, *given[:7], **self.options, w_unit=given[7], w_hr=given[8], backend=backend
+        )
+
+    def outputs(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tape = self.forward(arrays)
+        return {name: a for name, a in (("y", tape.y), ("hn", tape.hn), ("cn", tape.cn)) if a is not None}
+
+    def gradients(self, arrays: dict[str, np.ndarray], incoming: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tape = self.forward(arrays)
+        grads = gw.functional.backward(tape, incoming["y"], incoming["hn"], incoming.get("cn"))
+        return {name[1:]: grad for name, grad in grads._asdict().items() if grad is not None}
+
+
+def draw_call(cell: str, combination: str) -> Call:
+    rng, maths, options = np.random.default_rng(1), reference.CELLS[cell], {**COMBINATIONS[combination][0]}
+    packed = "batch_sizes" in options
+    leading = (int(options["batch_sizes"].sum()),) if packed else (N, T) if "batch_first" in options else (T, N)
+    R, rows = 3 if options.pop("w_hr", False) else H, maths.G * H
+    shapes = {
+        "x": (*leading, I), "w_ih": (rows, I), "h0": (N, R),
+        **({"w_hh": (rows, R)} if maths.product else {}),
+        **({} if maths.normed else {"b_ih": (rows,), "b_hh": (rows,)}),
+        **({"c0": (N, H)} if maths.has_c else {}),
+        **({"w_unit": (maths.U * H,)} if maths.U else {}),
+        **({"w_hr": (R, H)} if R != H else {}),
+    }  # fmt: skip
+    if not maths.has_c:
+        options.pop("zoneout_c", None)
+    if options.pop("h_mask", False) and maths.product:
+        options["h_mask"] = rng.integers(0, 2, (N, R)) * 2.0
+    if "reset" in options:
+        options["reset"] = rng.random(leading) < 0.4
+    return Call(cell, {name: rng.normal(size=shape) for name, shape in shapes.items()}, options)
+
+
+def numpy_bits(seed: int, T: int, N: int, J: int) -> np.ndarray:
+    """[T, N, J] the random bits, from their definition, in arrays."""
+    u = np.uint64
+
+    def mix64(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> u(30))) * u(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> u(27))) * u(0x94D049BB133111EB)
+        return z ^ (z >> u(31))
+
+    t, n, j = np.arange(T, dtype=u)[:, None, None], np.arange(N, dtype=u)[:, None], np.arange(J, dtype=np.uint32)
+    of_step = mix64(np.full((1, 1, 1), seed, u) + u(0x9E3779B97F4A7C15) * (t + u(1)))
+    key = mix64(of_step + u(0xD1B54A32D192ED03) * (n + u(1)))
+    low, high = key.astype(np.uint32), (key >> u(32)).astype(np.uint32)
+    return numpy_mix32(numpy_mix32(low + np.uint32(0x9E3779B9) * j) ^ high)
+
+
+def numpy_mix32(x: np.ndarray) -> np.ndarray:
+    u = np.uint32
+    x = (x ^ (x >> u(16))) * u(0x7FEB352D)
+    x = (x ^ (x >> u(15))) * u(0x846CA68B)
+    return x ^ (x >> u(16))
+
+
+def numpy_kept(seed: int, shape: tuple[int, int, int], p: float, of_c: bool = False) -> np.ndarray:
+    """[T, N, J] what zoneout of h (or of c) keeps."""
+    bits = numpy_bits(seed, *shape)
+    bits = numpy_mix32(bits + np.uint32(0x85EBCA6B)) if of_c else bits
+    return (bits >> np.uint32(1)) < np.floor(p * 2.0**31)
+
+
+def torch_step(
+    cell: str,
+    p: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    m: torch.Tensor,
+    clip: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of a batch: h [N, R] and c [N, H] after it; m masks h before w_hh."""
+    linear, norm, sigmoid, tanh = F.linear, F.layer_norm, torch.sigmoid, torch.tanh
+    ax = linear(x, p["w_ih"], p.get("b_ih"))
+    ah = linear(m * h, p["w_hh"], p.get("b_hh")) if "w_hh" in p else p["b_hh"]
+    u = p["w_unit"].view(-1, c.shape[1]) if "w_unit" in p else None
+    act = torch.relu if cell.endswith("relu") else tanh
+    if cell.startswith("rnn"):
+        return act(ax + ah), c
+    if cell.startswith("indrnn"):
+        return act(ax + ah + u[0] * h), c
+    if cell == "gru_reset_before":
+        r, z, n = ax.chunk(3, 1)
+        hr, hz, _ = ah.chunk(3, 1)
+        r, z = sigmoid(r + hr), sigmoid(z + hz)
+        n = tanh(n + linear(r * (m * h), p["w_hh"].chunk(3)[2], p["b_hh"].chunk(3)[2]))
+        return (1 - z) * n + z * h, c
+    if cell.startswith("gru"):
+        if cell == "gru_norm":
+            ax = norm(ax, ax.shape[1:]) * u[:3].flatten() + u[6:9].flatten()
+            ah = norm(ah, ah.shape[1:]) * u[3:6].flatten() + F.pad(u[9], (2 * c.shape[1], 0))
+        (r, z, n), (hr, hz, hn) = ax.chunk(3, 1), ah.chunk(3, 1)
+        r, z = sigmoid(r + hr), sigmoid(z + hz)
+        return (1 - z) * tanh(n + r * hn) + z * h, c
+    if cell == "lstm_norm":
+        ax, ah = norm(ax, ax.shape[1:]) * u[:4].flatten(), norm(ah, ah.shape[1:]) * u[4:8].flatten()
+        i, f, g, o = (ax + ah + u[8:12].flatten()).chunk(4, 1)
+    elif cell == "lstm_coupled":
+        i, g, o = (ax + ah).chunk(3, 1)
+        f = -i  # sigmoid(-a) = 1 - sigmoid(a)
+    else:
+        i, f, g, o = (ax + ah).chunk(4, 1)
+    if cell == "lstm_peephole":
+        i, f = i + u[0] * c, f + u[1] * c
+    c = (sigmoid(f) * c + sigmoid(i) * tanh(g)).clamp(-clip, clip)
+    if cell == "lstm_peephole":
+        o = o + u[2] * c
+    h = sigmoid(o) * tanh(norm(c, c.shape[1:]) * u[12] + u[13] if cell == "lstm_norm" else c)
+    return linear(h, p["w_hr"]) if "w_hr" in p else h, c
+
+
+def torch_loop(call: Call, p: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """y, hn and cn of the call, its arrays being `p`."""
+    options, x, reset = call.options, p["x"], torch.tensor(call.options.get("reset", False))
+    lengths, R = torch.tensor(options.get("lengths", np.full(N, T))), p["h0"].shape[1]
+    batch_first, sizes = options.get("batch_first", False), options.get("batch_sizes")
+    if sizes is not None:
+        x, lengths = unpack(x, sizes)
+        reset, _ = unpack(reset, sizes)
+    elif batch_first:
+        x, reset = x.transpose(0, 1), reset.T
+    reset = reset.expand(T, N)
+    h0, c0 = p["h0"], p.get("c0", torch.zeros(N, H, dtype=x.dtype))
+    start = (h0, c0) if options.get("reset_to") != "zero" else (0 * h0, 0 * c0)
+    seed, rows = options.get("seed"), torch.arange(N)
+    k = {}
+    for name, width in (("h", R), ("c", H)):
+        share = options.get(f"zoneout_{name}", 0.0)
+        kept = np.full((T, N, width), share) if seed is None else numpy_kept(seed, (T, N, width), share, name == "c")
+        k[name] = torch.tensor(kept, dtype=x.dtype)
+    mask = torch.tensor(options.get("h_mask", np.ones((N, R))))
+    h, c, y = h0, c0, torch.zeros(T, N, R, dtype=x.dtype)
+    for step in range(T):
+        on = step < lengths
+        t = (lengths - 1 - step).clamp(0) if options.get("reverse") else torch.full((N,), step)
+        fresh = reset[(t + 1).clamp(max=T - 1), rows] & (step > 0) if options.get("reverse") else reset[t, rows]
+        old = [torch.where(fresh[:, None], a, b) for a, b in zip(start, (h, c))]
+        new = torch_step(call.cell, p, x[t, rows], *old, mask, options.get("cell_clip") or np.inf)
+        h, c = (
+            torch.where(on[:, None], k[name][t, rows] * a + (1 - k[name][t, rows]) * b, state)
+            for name, a, b, state in zip("hc", old, new, (h, c))
+        )
+        y = y.index_put((t[on], rows[on]), h[on])
+    if sizes is not None:
+        y = pack_padded_sequence(y, lengths).data
+    elif batch_first:
+        y = y.transpose(0, 1)
+    return {"y": y, "hn": h, **({"cn": c} if "c0" in p else {})}
+
+
+def unpack(data: torch.Tensor, batch_sizes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return pad_packed_sequence(PackedSequence(data, torch.tensor(batch_sizes)))
+
+
+@pytest.mark.parametrize(("cell", "combination"), runs_of_cells())
+def test_results_gradients_and_second_order_equal_torch(cell: str, combination: str) -> None:
+    """To 1e-12: outputs, gradients, and the gradients of a function of the gradients."""
+    call, rng = draw_call(cell, combination), np.random.default_rng(2)
+    p = {name: torch.tensor(a, requires_grad=True) for name, a in call.arrays.items()}
+    want = torch_loop(call, p)
+    incoming = {name: torch.tensor(rng.normal(size=a.shape), requires_grad=True) for name, a in want.items()}
+    loss = sum((incoming[name] * a).sum() for name, a in want.items())
+    grads = dict(zip(p, torch.autograd.grad(loss, list(p.values()), create_graph=True)))
+    along = {name: rng.normal(size=a.shape) for name, a in call.arrays.items()}
+    slope = sum((grads[name] * torch.tensor(a)).sum() for name, a in along.items())
+    second = torch.autograd.grad(slope, [*incoming.values(), *p.values()], allow_unused=True)
+
+    tape, numbers = call.forward(call.arrays), {name: a.detach().numpy() for name, a in incoming.items()}
+    for name, a in want.items():
+        assert close(getattr(tape, name), a.detach().numpy(), 1e-12), name
+    ours = gw.functional.backward(tape, numbers["y"], numbers["hn"], numbers.get("cn"))._asdict()
+    assert {name for name, a in ours.items() if a is not None} == {"d" + name for name in p}
+    for name, a in grads.items():
+        assert close(ours["d" + name], a.detach().numpy(), 1e-12), f"d{name}"
+    ours = gw.functional.double_backward(
+        tape, numbers["y"], numbers["hn"], numbers.get("cn"), **{"dd" + name: a for name, a in along.items()}
+    )._asdict()
+    names = ["dd" + name for name in incoming] + ["d" + name for name in p]
+    assert {name for name, a in ours.items() if a is not None} == {*names}
+    for name, a in zip(names, second):
+        got = ours[name]
+        assert close(got, np.zeros_like(got) if a is None else a.numpy(), 1e-12), f"second order: {name}"
+
+
+@pytest.mark.parametrize(("cell", "combination"), runs_of_cells())
+def test_gradients_of_every_option_equal_finite_differences(cell: str, combination: str) -> None:
+    call = draw_call(cell, combination)
+    assert gw.check.gradients((call.outputs, call.gradients), call.arrays, strict=True, directions=2)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_order_equals_differences_of_the_gradient(cell: str) -> None:
+    """The Hessian's product with a direction is the gradient's slope along it."""
+    call, rng, step = draw_call(cell, "mask, zoneout"), np.random.default_rng(4), 1e-5
+    along = {name: rng.normal(size=a.shape) for name, a in call.arrays.items()}
+    incoming = {name: rng.normal(size=a.shape) for name, a in call.outputs(call.arrays).items()}
+    up, down = (
+        {name: a + sign * step * along[name] for name, a in call.arrays.items()} for sign in (1.0, -1.0)
+    )  # fmt: skip
+    second = gw.functional.double_backward(
+        call.forward(call.arrays), incoming["y"], incoming["hn"], incoming.get("cn"),
+        **{"dd" + name: a for name, a in along.items()},
+    )  # fmt: skip
+    for prefix, run in (("dd", call.outputs), ("d", lambda arrays: call.gradients(arrays, incoming))):
+        ups, downs = run(up), run(down)
+        for name in ups:
+            numeric = (ups[name] - downs[name]) / (2 * step)
+            assert close(getattr(second, prefix + name), numeric, 1e-8), name
+
+
+def test_second_order_takes_any_tape_and_says_what_does_not_fit() -> None:
+    call = draw_call("lstm", "plain")
+    tapes = [call.forward(call.arrays, backend) for backend in ("reference", "cpu")]
+    dd = np.ones_like(call.arrays["w_hh"])
+    one, other = (gw.functional.double_backward(tape, tapes[0].y, ddw_hh=dd) for tape in tapes)
+    assert all(np.array_equal(a, b) for a, b in zip(one, other) if a is not None or b is not None)
+    for bad, word in [
+        ({"ddw_hh": dd[:-1]}, "ddw_hh: expected .* got float64"),
+        ({"ddx": 3}, "ddx: .* got int"),
+        ({"ddw_hr": dd}, "ddw_hr: expected None"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            gw.functional.double_backward(tapes[0], tapes[0].y, **bad)
+    with pytest.raises(ValueError, match="tape: expected"):
+        gw.functional.double_backward(dd)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [[7, 7, 7, 7], [7, 2, 1, 5]])
+def test_projection_equals_torch(lengths: list[int], reverse: bool) -> None:
+    """torch.nn.LSTM(proj_size=3), its backward direction for `reverse`, packed."""
+    rng, rows = np.random.default_rng(6), 4 * H
+    order = np.sort(lengths)[::-1].copy()
+    layer = torch.nn.LSTM(I, H, proj_size=3, bidirectional=True, dtype=torch.float64)
+    end = "_l0_reverse" if reverse else "_l0"
+    weights = [getattr(layer, kind + end) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")]
+    w_ih, w_hh, b_ih, b_hh, w_hr = (w.detach().numpy() for w in weights)
+    assert w_hh.shape == (rows, 3)
+    x = torch.tensor(rng.normal(size=(7, 4, I)), requires_grad=True)
+    h, c = (torch.tensor(rng.normal(size=(2, 4, width)), requires_grad=True) for width in (3, H))
+    packed = pack_padded_sequence(x, order)
+    y, (hn, cn) = layer(packed, (h, c))
+    side = slice(3, 6) if reverse else slice(0, 3)
+    want = [y.data[:, side], hn[int(reverse)], cn[int(reverse)]]
+    incoming = [rng.normal(size=a.shape) for a in want]
+    grads = torch.autograd.grad(
+        sum((a * torch.tensor(da)).sum() for a, da in zip(want, incoming)), [packed.data, h, c, *weights]
+    )
+    tape = gw.lstm_forward(
+        packed.data.detach().numpy(), w_ih, w_hh, b_ih, b_hh, h[int(reverse)].detach().numpy(),
+        c[int(reverse)].detach().numpy(), w_hr=w_hr, batch_sizes=packed.batch_sizes.numpy(), reverse=reverse,
+        backend="reference",
+    )  # fmt: skip
+    for got, a in zip((tape.y, tape.hn, tape.cn), want):
+        assert close(got, a.detach().numpy(), 1e-12)
+    ours = gw.lstm_backward(tape, *incoming)
+    names = ("dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr")
+    for name, a in zip(names, grads):
+        a = a[int(reverse)] if name in ("dh0", "dc0") else a
+        assert close(getattr(ours, name), a.numpy(), 1e-12), name
+    assert tape.gates.shape == (order.sum(), 4, H) and tape.c.shape == (order.sum(), H)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_reset_is_to_run_the_segments_apart(cell: str, reverse: bool) -> None:
+    """One row cut at steps 2 and 3 is three rows: same states, same gradients, and dh0 is the sum of theirs."""
+    call = draw_call(cell, "plain")
+    arrays = {**call.arrays, "x": call.arrays["x"][:, :1].copy(), "h0": call.arrays["h0"][:1]}
+    if "c0" in arrays:
+        arrays["c0"] = arrays["c0"][:1]
+    reset = np.array([[False], [False], [True], [True], [False]])
+    dy = np.random.default_rng(0).normal(size=(T, 1, H))
+    whole = Call(cell, arrays, {"reset": reset, "reverse": reverse}).forward(arrays)
+    grads = gw.functional.backward(whole, dy)
+    parts = [
+        Call(cell, arrays, {"reverse": reverse}).forward({**arrays, "x": arrays["x"][part].copy()})
+        for part in (slice(0, 2), slice(2, 3), slice(3, 5))
+    ]
+    apart = [gw.functional.backward(tape, d.copy()) for tape, d in zip(parts, np.split(dy, [2, 3]))]
+    assert np.array_equal(whole.y, np.concatenate([tape.y for tape in parts]))
+    assert np.array_equal(whole.hn, parts[0 if reverse else 2].hn)
+    assert np.array_equal(grads.dx, np.concatenate([part.dx for part in apart]))
+    for name in gw.Gradients._fields[1:]:
+        if getattr(grads, name) is not None:
+            assert close(sum(getattr(part, name) for part in apart), getattr(grads, name), 1e-13), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reset_at_the_beginning(cell: str) -> None:
+    """Forward it drops the initial state if it is to be zero; in reverse nothing comes before it."""
+    call = draw_call(cell, "plain")
+    first = np.zeros((T, N), bool)
+    first[0] = True
+    nothing = {name: a for name, a in call.arrays.items() if name not in ("h0", "c0")}
+    run = Call(cell, call.arrays, {"reset": first, "reset_to": "zero"})
+    assert np.array_equal(run.forward(call.arrays).y, call.forward(nothing).y)
+    assert not gw.functional.backward(run.forward(call.arrays), np.ones((T, N, H))).dh0.any()
+    plain, other = (
+        Call(cell, call.arrays, {"reverse": True, **more}).forward(call.arrays).y
+        for more in ({}, {"reset": first, "reset_to": "zero"})
+    )
+    assert np.array_equal(plain, other)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_passes_from_call_to_call(cell: str) -> None:
+    """run(T) is run(2) and then, from its final state, run(T - 2); backward the same in the other order."""
+    call, rng = draw_call(cell, "plain"), np.random.default_rng(0)
+    dy = rng.normal(size=(T, N, H))
+    whole = call.forward(call.arrays)
+    first = call.forward({**call.arrays, "x": call.arrays["x"][:2]})
+    ends = {"h0": first.hn} if first.cn is None else {"h0": first.hn, "c0": first.cn}
+    then = call.forward({**call.arrays, "x": call.arrays["x"][2:], **ends})
+    assert np.array_equal(whole.y, np.concatenate([first.y, then.y])) and np.array_equal(whole.hn, then.hn)
+    every, late = gw.functional.backward(whole, dy), gw.functional.backward(then, dy[2:])
+    early = gw.functional.backward(first, dy[:2], late.dh0, late.dc0)
+    assert np.array_equal(every.dx, np.concatenate([early.dx, late.dx])) and np.array_equal(every.dh0, early.dh0)
+    assert close(early.dw_ih + late.dw_ih, every.dw_ih, 1e-13)
+
+
+# ---- Random bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 12345, 2**64 - 1])
+def test_random_bits_are_their_definition(seed: int) -> None:
+    got = [
+        [[reference.random_bits(reference.random_key(np.uint64(seed), t, n), j) for j in range(5)] for n in range(3)]
+        for t in range(4)
+    ]
+    assert np.array_equal(np.array(got, np.uint32), numpy_bits(seed, 4, 3, 5))
+
+
+def test_random_bits_look_random() -> None:
+    """Shares, bits and correlations as those of coins: the seeds are fixed, so 5 standard deviations mean a fault."""
+    shape = (64, 32, 96)
+    count = np.prod(shape)
+    bits = numpy_bits(7, *shape)
+    share = np.array([((bits >> np.uint32(b)) & np.uint32(1)).mean() for b in range(32)])
+    assert np.abs(share - 0.5).max() < 5 * 0.5 / np.sqrt(count)
+    for p in (0.05, 0.3, 0.9):
+        kept = numpy_kept(7, shape, p)
+        assert abs(kept.mean() - p) < 5 * np.sqrt(p * (1 - p) / count)
+        others = {
+            "step": (kept[1:], kept[:-1]),
+            "row": (kept[:, 1:], kept[:, :-1]),
+            "unit": (kept[..., 1:], kept[..., :-1]),
+            "step and row": (kept[1:, :-1], kept[:-1, 1:]),
+            "row and unit": (kept[:, 1:, :-1], kept[:, :-1, 1:]),
+            "h and c": (kept, numpy_kept(7, shape, p, of_c=True)),
+            "seed": (kept, numpy_kept(8, shape, p)),
+        }
+        for name, (a, b) in others.items():  # the sample correlation of n independent pairs has deviation 1/sqrt(n)
+            assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size), name
+        for axis in range(3):  # means along an axis scatter as those of coins do: no step, row or unit is special
+            means = kept.mean(axis=axis)
+            variance = p * (1 - p) / shape[axis]  # its estimate from M numbers, a little heavier than normal, has ...
+            deviation = variance * np.sqrt(3 / means.size)  # ... a deviation of at most this
+            assert abs(((means - p) ** 2).mean() - variance) < 5 * deviation, axis
+
+
+# ---- Functions around it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_arrays_are_storage(dtype: str, backend: str) -> None:
+    """What comes out is the float32 run on the widened numbers, rounded; each gradient is like its array."""
+    half = np.dtype(np.float16) if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    call = draw_call("lstm_peephole", "reset")
+    stored = {name: a.astype(np.float32 if name in ("b_hh", "c0") else half) for name, a in call.arrays.items()}
+    wide = {name: a.astype(np.float32) for name, a in stored.items()}
+    dy = np.ones((T, N, H), half)
+    tape, exact = call.forward(stored, backend), call.forward(wide, backend)
+    for name in ("y", "hn", "cn"):
+        got = getattr(tape, name)
+        assert got.dtype == half and np.array_equal(got, getattr(exact, name).astype(half)), name
+    assert np.array_equal(tape.gates, exact.gates) and np.array_equal(tape.c, exact.c)
+    widened = sum(a.nbytes for a in wide.values()) - sum(wide[name].nbytes for name in ("b_hh", "c0"))
+    assert tape.nbytes == exact.nbytes + exact.y.nbytes + widened
+    grads = gw.functional.backward(tape, dy)
+    along = {"ddx": dy[..., :I].copy()}
+    second, exact_second = (
+        gw.functional.double_backward(tape, dy, **along),
+        gw.functional.double_backward(exact, dy.astype(np.float32), ddx=along["ddx"].astype(np.float32)),
+    )
+    for results, wanted in [(grads, gw.functional.backward(exact, dy.astype(np.float32))), (second, exact_second)]:
+        for name, a in results._asdict().items():
+            if a is not None:
+                like = stored[name[1:]].dtype if name[1:] in stored else half
+                assert a.dtype == like and np.array_equal(a, getattr(wanted, name).astype(like)), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("combination", ["packed", "batch first", "reset"])
+def test_gates_and_c_lie_as_y_does(combination: str, backend: str) -> None:
+    call = draw_call("lstm", combination)
+    tape = call.forward(call.arrays, backend)
+    assert tape.gates.shape == (*tape.y.shape[:-1], 4, H) and tape.c.shape == tape.y.shape
+    if combination == "reset":  # without zoneout, h is made of them
+        assert close(tape.gates[..., 3, :] * np.tanh(tape.c), tape.y, 1e-13)
+    exact = call.forward(call.arrays)
+    assert close(tape.gates, exact.gates, 1e-13) and close(tape.c, exact.c, 1e-13)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_a_tape_did_not_keep(backend: str) -> None:
+    call = draw_call("lstm", "plain")
+    for save, kept in [("states", {"c"}), ("checkpoints", set())]:
+        tape = Call("lstm", call.arrays, {"save": save}).forward(call.arrays, backend)
+        for name in ("gates", "c"):
+            if name in kept:
+                assert np.array_equal(tape.c, call.forward(call.arrays, backend).c)
+                continue
+            enough = "all" if name == "gates" else "states"
+            with pytest.raises(ValueError, match=f"save='{save}'; .* save='{enough}'"):
+                getattr(tape, name)
+        grads = gw.functional.backward(tape, np.ones((T, N, H)))
+        want = gw.functional.backward(call.forward(call.arrays, backend), np.ones((T, N, H)))
+        assert all(np.array_equal(a, b) for a, b in zip(grads, want) if b is not None)
+
+
+def test_options_that_there_are_not() -> None:
+    call = draw_call("lstm", "plain")
+    given = [call.arrays[name] for name in NAMES[:7]]
+    for function in (gw.lstm, gw.lstm_forward):
+        with pytest.raises(TypeError, match="lenghts: no such option"):
+            function(*given, lenghts=LENGTHS)
+        with pytest.raises(ValueError, match=r"cell: expected one of lstm, .*lstm_norm.*got 'gru'"):
+            function(*given, cell="gru")
