@@ -38,8 +38,12 @@ template <class T> struct Checked {
 
 template <class T> void check(const Arch& arch, const Kernels& cell, Dims dims) {
   Options options;
-  for (bool* option : {&options.lengths, &options.reverse, &options.b_ih, &options.b_hh, &options.dx, &options.state})
+  for (bool* option : {&options.lengths, &options.reverse, &options.b_ih, &options.b_hh, &options.dx, &options.state,
+                       &options.reset, &options.mask, &options.zoneout, &options.clip, &options.project,
+                       &options.batch_major})
     *option = coin();
+  options.save = Save(between(0, 2)), options.reset_to = ResetTo(between(0, 1));
+  if (options.project && cell.info.has_c && !cell.info.normed) dims.R = between(1, dims.H);
   Checked<T> one{arch, {cell, dims, options, generator}};
   Layer<T> three = one.layer, inference = one.layer;
   one.layer.forward(1), one.layer.backward(1);
@@ -57,14 +61,17 @@ int check_random_problems(const std::string& only) {
     check<float>(arch, cell, f32), check<double>(arch, cell, f64);
     problems += 2;
   };
-  const auto small = [] { return Dims{between(0, 6), between(0, 9), between(1, 20), between(1, 40)}; };
+  const auto small = [] {
+    const Index H = between(1, 40);
+    return Dims{between(0, 6), between(0, 9), between(1, 20), H, H};
+  };
   for (const Arch* arch = archs().begin; arch != archs().end; ++arch) {
     if (!arch->runs_here() || (!only.empty() && only != arch->name)) continue;
     for (int c = 0; c < arch->kernels->cell_count; ++c) {
       const Kernels& cell = arch->kernels->cells[c];
       // Small and odd; then above the threshold at which a team forms, shared by rows, by panels, in several chunks
       for (int k = 0; k < 6; ++k) both(*arch, cell, small(), small());
-      for (const Dims d : {Dims{8, 40, 11, 65}, Dims{4, 5, 20, 258}, Dims{300, 8, 2, 33}}) both(*arch, cell, d, d);
+      for (const Dims d : {Dims{8, 40, 11, 65, 65}, Dims{4, 5, 20, 258, 258}, Dims{300, 8, 2, 33, 33}}) both(*arch, cell, d, d);
     }
   }
   std::printf("%d problems\n", problems);
