@@ -36,10 +36,10 @@ template <class Cell, class T> struct CellFacts {
   static constexpr int D = w_block + U;
   static constexpr int group = Panels<G>::per_group;
 
-  GATEWISE_FN static int x_gate(int slot) { return Cell::split ? (slot + G - 1) % G : slot; }
-  GATEWISE_FN static int h_gate(int slot) { return slot; }
-  GATEWISE_FN static int x_slot(int gate) { return Cell::split ? (gate + 1) % G : gate; }
-  GATEWISE_FN static int h_slot(int gate) { return Cell::split || Cell::normed ? h_block + gate : gate; }
+  static int x_gate(int slot) { return Cell::split ? (slot + G - 1) % G : slot; }
+  static int h_gate(int slot) { return slot; }
+  static int x_slot(int gate) { return Cell::split ? (gate + 1) % G : gate; }
+  static int h_slot(int gate) { return Cell::split || Cell::normed ? h_block + gate : gate; }
 };
 
 // Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward wants
