@@ -62,6 +62,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   Side<product_gates> h;
   Side<1> stage;        // the last gate's part of w_hh, or the projection
   T* bias_sums;         // [P], each like a row of dgates
+  T* unit_sums;         // [P][N][U][W]
   Gradients<T> dgates[2];  // of this chunk and of the one after it, whose first step is still needed
   Gradients<T> dh_of;   // [R units], D = 1: of the chunk's h, where a projection makes it
   T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
@@ -79,7 +80,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         stage(arena, this->chunk_capacity, stage_columns(), projects ? d.R : d.H, projects ? 0 : G - 1, Facts::h_gate,
               projects ? problem.weights.w_hr : past_h(problem.weights.w_hh),
               projects ? call.dw_hr : stage_columns() ? past_h(call.dw_hh) : nullptr, true),
-        bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
+        bias_sums(arena.take<T>(P * D * W)), unit_sums(arena.take<T>(P * d.N * U * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
         again(*this, arena, recomputes(call)) {
     const Index capacity = this->chunk_capacity;
     dgates[0] = {arena.take<T>(P * capacity * D * W), D, d.H, capacity};
@@ -171,23 +172,32 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // The rest of the step of a normed cell: back through what was standardised
   void d_normed_step(Index s, const Gradients<T>& gates, Index chunk, Range positions) {
-    for (Index i = positions.begin; i < positions.end; ++i) {
-      const Index row = rows.offset[s] + i, kept_row = row - saved.first;
-      const T* kept = again.saved_at(0, kept_row);
-      const auto standard = [&](int block) {
-        return [=](Index p, int b) { return kept + p * saved.stride * S * W + (block + b) * W; };
+    for_each_tile(positions.size(), kMaxRows, [&](Index first, Index height) {
+      const Index i = positions.begin + first, row = rows.offset[s] + i;
+      const auto each_row = [&](auto f) {
+        for (Index r = 0; r < height; ++r) {
+          const T* kept = again.saved_at(0, row + r - saved.first);
+          f(r, row + r - saved.first, [=](int from) {
+            return [=](Index p, int b) { return kept + p * saved.stride * S * W + (from + b) * W; };
+          });
+        }
       };
       if constexpr (Cell::middle == Middle::norm) {
         T* d_c = d_middle + i * d.H;
-        d_standardise<T, 1>(d.H, *again.scale_at(2, kept_row), [&](Index p, int) { return d_c + p * W; }, standard(S - 1));
-        for (Index p = 0; p < P; ++p) finish(s, gates, chunk, i, 1, p, d_c + p * W, d.H);
+        each_row([&](Index r, Index kept_row, auto standard) {
+          d_standardise<T, 1>(
+              d.H, *again.scale_at(2, kept_row), [&](Index p, int) { return d_c + r * d.H + p * W; }, standard(S - 1));
+        });
+        for (Index p = 0; p < P; ++p) finish(s, gates, chunk, i, height, p, d_c + p * W, d.H);
       }
-      const auto block = [&](int first) {
-        return [=](Index p, int b) { return gates.row(p, row - chunk) + gates.slot(p, first + b); };
-      };
-      d_standardise<T, G>(d.H, *again.scale_at(0, kept_row), block(Facts::x_block), standard(G));
-      d_standardise<T, G>(d.H, *again.scale_at(1, kept_row), block(Facts::h_block), standard(2 * G));
-    }
+      each_row([&](Index r, Index kept_row, auto standard) {
+        const auto block = [&](int from) {
+          return [=](Index p, int b) { return gates.row(p, row + r - chunk) + gates.slot(p, from + b); };
+        };
+        d_standardise<T, G>(d.H, *again.scale_at(0, kept_row), block(Facts::x_block), standard(G));
+        d_standardise<T, G>(d.H, *again.scale_at(1, kept_row), block(Facts::h_block), standard(2 * G));
+      });
+    });
   }
 
   // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units: lanes
@@ -222,6 +232,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates.row(p, row - chunk);
     const Index* place = rows.place + row;
+    const Unit<V, U> own = unit_of(p);
     const bool zones = this->zones(), in_stage = Facts::staged || projects;
     this->with_units(p, [&](auto units) {
       for (Index r = 0; r < height; ++r, out += D * W) {
@@ -243,11 +254,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           if (!in_stage) bypass.h = keep.h * grad.h, grad.h = (V(1) - keep.h) * grad.h;
           if (Cell::has_c) bypass.c = keep.c * grad.c, grad.c = (V(1) - keep.c) * grad.c;
         }
-        const Unit<V, U> own = unit_of(p);
         if constexpr (Facts::staged) {  // the stage's own have been there
           GATEWISE_UNROLL
           for (int g = 0; g < G; ++g) dgx[g] = V::load(out + Facts::x_slot(g) * units, units);
-          for (int u = 0; u < U; ++u) dw[u] = V::load(out + (Facts::w_block + u) * units, units);
+          for (int u = 0; u < U; ++u) dw[u] = V(0);
           bypass.h = V::load(h_carry + r * W);
         }
         const bool masked = Cell::middle == Middle::product && problem.h_mask;
@@ -265,9 +275,16 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           GATEWISE_UNROLL
           for (int g = 0; g < G; ++g) dgh[g].store(out + Facts::h_slot(g) * units, units);
         }
-        for (int u = 0; u < U; ++u) dw[u].store(out + (Facts::w_block + u) * units, units);
+        if (U && call.dw_unit) add_unit(p, i + r, dw);
       }
     });
+  }
+
+  // The gradients of the units' weights are summed sequence by sequence, so that no thread adds to another's sums.
+  GATEWISE_FN void add_unit(Index p, Index i, const V (&dw)[U ? U : 1]) {
+    T* sum = unit_sums + (p * d.N + i) * U * W;
+    GATEWISE_UNROLL
+    for (int u = 0; u < U; ++u) (V::load(sum + u * W) + dw[u]).store(sum + u * W);
   }
 
   // Back through what makes h of what came back from the stage, or of the projection
@@ -275,6 +292,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
                                  const T* dh, Index stride) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const Index* place = rows.place + row;
+    const Unit<V, U> own = unit_of(p);
     with_lanes<T>(d.R - unit, [&](auto lanes) {
       for (Index r = 0; r < height; ++r) {
         V total = total_dh(s, i + r, p, dh + r * stride, lanes, place[r]), bypass(0);
@@ -287,11 +305,11 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           V to_save[S], dgx[G] = {}, dw[U ? U : 1] = {};
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
           const State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)};
-          const Staged<V> d_stage = Cell::d_output(to_save, unit_of(p), prev, total, dgx, dw);
+          const Staged<V> d_stage = Cell::d_output(to_save, own, prev, total, dgx, dw);
           bypass = bypass + d_stage.prev_h;
           T* out = gates.row(p, row + r - chunk);
           for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * lanes, lanes);
-          for (int u = 0; u < U; ++u) dw[u].store(out + (Facts::w_block + u) * lanes, lanes);
+          if (U && call.dw_unit) add_unit(p, i + r, dw);
           if (d_middle) d_stage.middle.store(d_middle + (i + r) * d.H + unit, lanes);
         } else {
           total.store(dh_of.row(p, row + r - chunk), lanes);
@@ -396,7 +414,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         (V::load(to, n) + V::load(bias_sums + p * D * W + slot * n, n)).store(to, n);
       };
       for (int g = 0; g < G; ++g) add(call.db_ih, g, Facts::x_slot(g)), add(call.db_hh, g, Facts::h_slot(g));
-      for (int u = 0; u < U; ++u) add(call.dw_unit, u, Facts::w_block + u);
+      for (int u = 0; u < U && call.dw_unit; ++u) {
+        V sum(0);
+        for (Index i = 0; i < d.N; ++i) sum = sum + V::load(unit_sums + ((p * d.N + i) * U + u) * W);
+        T* to = call.dw_unit + u * d.H + p * W;
+        (V::load(to, n) + sum).store(to, n);
+      }
     }
   }
 
@@ -412,6 +435,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       if (side.sums) zero(side.sums + sums.begin, sums.size());
     });
     if (call.dx) zero_padding(problem, call.dx, d.I, sequences);
+    zero(unit_sums + panels.begin * d.N * U * W, panels.size() * d.N * U * W);
     zero(bias_sums + panels.begin * D * W, panels.size() * D * W);
     this->gather(call.dhn, d.R, carry_h, d.N, sequences);
     if (Cell::has_c) this->gather(call.dcn, d.H, carry_c, d.N, sequences);
@@ -435,7 +459,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     if (h.d_weights) weight_gradient(h, gates, count, id, parts);
     if constexpr (may_stage)
       if (stage.d_weights) weight_gradient(stage, projects ? dh_of : gates, count, id, parts);
-    if (call.db_ih || call.db_hh || call.dw_unit) bias_gradient(gates, count, share(P, id, parts));
+    if (call.db_ih || call.db_hh) bias_gradient(gates, count, share(P, id, parts));
   }
 
   // The gates of steps [begin, end), and c if only checkpoints of it were kept, once more

@@ -223,19 +223,25 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
   // The rest of the step of a normed cell, whose products are all there
   void normed_step(Index s, Index chunk, Range positions) {
-    for (Index i = positions.begin; i < positions.end; ++i) {
-      const T* h = this->previous_h(call.y, s, i);
-      const T scale = standardise<T, G>(
-          d.H, [&](Index p, int g) { return hidden + (p * d.N + i) * G * W + g * this->units(p); });
-      if (keeps_gates()) *scale_at(1, saved_row(s, i)) = scale;
-      for (Index p = 0; p < P; ++p) finish(s, chunk, i, 1, p, &h, hidden + (p * d.N + i) * G * W, G * W);
+    for_each_tile(positions.size(), kMaxRows, [&](Index first, Index height) {
+      const Index i = positions.begin + first;
+      const T* h[kMaxRows] = {};
+      for (Index r = 0; r < height; ++r) {
+        h[r] = this->previous_h(call.y, s, i + r);
+        const T scale = standardise<T, G>(
+            d.H, [&](Index p, int g) { return hidden + (p * d.N + i + r) * G * W + g * this->units(p); });
+        if (keeps_gates()) *scale_at(1, saved_row(s, i + r)) = scale;
+      }
+      for (Index p = 0; p < P; ++p) finish(s, chunk, i, height, p, h, hidden + (p * d.N + i) * G * W, G * W);
       if constexpr (Cell::middle == Middle::norm) {
         T* c = middle + i * d.H;
-        const T scale_c = standardise<T, 1>(d.H, [&](Index p, int) { return c + p * W; });
-        if (keeps_gates()) *scale_at(2, saved_row(s, i)) = scale_c;
-        for (Index p = 0; p < P; ++p) finish_output(s, chunk, i, 1, p, c + p * W, d.H);
+        for (Index r = 0; r < height; ++r) {
+          const T scale = standardise<T, 1>(d.H, [&](Index p, int) { return c + r * d.H + p * W; });
+          if (keeps_gates()) *scale_at(2, saved_row(s, i + r)) = scale;
+        }
+        for (Index p = 0; p < P; ++p) finish_output(s, chunk, i, height, p, c + p * W, d.H);
       }
-    }
+    });
   }
 
   // The product in the middle of a step, or the projection at its end
@@ -317,6 +323,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+    const Unit<V, U> own = weights.of(p, problem.cell_clip);
     with_lanes<T>(d.R - unit, [&](auto lanes) {
       for (Index r = 0; r < height; ++r) {
         V h = V::load(values + r * stride, lanes);
@@ -327,7 +334,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           V x[G], to_save[S];
           for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + (r * G + g) * W);
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
-          h = Cell::output(x, h, weights.of(p, problem.cell_clip), prev, to_save);
+          h = Cell::output(x, h, own, prev, to_save);
           for (int k = 0; k < S; ++k) to_save[k].store(kept + k * W);
         }
         if (again) continue;

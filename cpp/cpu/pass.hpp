@@ -29,11 +29,10 @@ template <class Cell, class T> struct CellFacts {
   static constexpr bool may_project = Cell::has_c && !staged;
   // Gates whose hidden part is a product with h; that of the last may have to wait for the stage
   static constexpr int product_gates = Cell::middle == Middle::product ? G - 1 : G;
-  // Blocks of gradients in a row: of gx, of gh where they differ, of the unit's weights. A split cell stores its last
-  // gate twice, [dgx of the last | the gates before | dgh of the last], so that the G blocks from x_block and the G
-  // from h_block are each contiguous.
-  static constexpr int x_block = 0, h_block = Cell::normed ? G : Cell::split ? 1 : 0, w_block = h_block + G;
-  static constexpr int D = w_block + U;
+  // Blocks of gate gradients in a row: of gx, of gh where they differ. A split cell stores its last gate twice, [dgx of
+  // the last | the gates before | dgh of the last], so that the G blocks from x_block and the G from h_block are each
+  // contiguous.
+  static constexpr int x_block = 0, h_block = Cell::normed ? G : Cell::split ? 1 : 0, D = h_block + G;
   static constexpr int group = Panels<G>::per_group;
 
   static int x_gate(int slot) { return Cell::split ? (slot + G - 1) % G : slot; }
