@@ -202,12 +202,12 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units: lanes
   template <class Lanes>
-  GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, Lanes lanes, Index place) {
+  GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, Lanes lanes, bool options, Index place) {
     T* carry = carry_h + (p * d.N + i) * W;
     V dh = V::load(product);
-    if (problem.h_mask) dh = dh * V::load(this->mask_of(i) + p * W, lanes);
+    if (options && problem.h_mask) dh = dh * V::load(this->mask_of(i) + p * W, lanes);
     dh = dh + V::load(carry);
-    if (cut(s, i)) dh = send(dh, restart_h, p, i);
+    if (options && cut(s, i)) dh = send(dh, restart_h, p, i);
     if (call.dy) dh = dh + V::load(call.dy + place * d.R + p * W, lanes);
     return dh;
   }
@@ -232,22 +232,23 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates.row(p, row - chunk);
     const Index* place = rows.place + row;
-    const Unit<V, U> own = unit_of(p);
-    const bool zones = this->zones(), in_stage = Facts::staged || projects;
-    this->with_units(p, [&](auto units) {
+    this->epilogue(d.H - unit, [&](auto units, auto options) {
+      const bool zones = options && this->zones(), in_stage = Facts::staged || (options && projects);
+      const Unit<V, U> own = unit_of(p, options);
       for (Index r = 0; r < height; ++r, out += D * W) {
-        const T* h_prev = this->previous_h(call.y, s, i + r);
+        const T* h_prev = this->previous_h(call.y, s, i + r, options);
         V to_save[S], dgx[G], dgh[G], dw[U ? U : 1];
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + (r * S + k) * W);
-        State<V> prev{h_prev && !projects ? V::load(h_prev + unit, units) : V(0), V(0)};
-        State<V> grad{in_stage ? V::load(dh + r * stride, units) : total_dh(s, i + r, p, dh + r * stride, units, place[r]),
+        State<V> prev{h_prev && !(options && projects) ? V::load(h_prev + unit, units) : V(0), V(0)};
+        State<V> grad{in_stage ? V::load(dh + r * stride, units)
+                               : total_dh(s, i + r, p, dh + r * stride, units, options, place[r]),
                       V(0)};
         State<V> bypass{V(0), V(0)};
         if (Cell::has_c) {
-          prev.c = V::load(this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
+          prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
           grad.c = V::load(c_carry + r * W);
-          if (cut(s, i + r)) grad.c = send(grad.c, restart_c, p, i + r);
+          if (options && cut(s, i + r)) grad.c = send(grad.c, restart_c, p, i + r);
         }
         if (zones) {
           const State<V> keep = this->zoneout(s, i + r, p);
@@ -260,13 +261,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           for (int u = 0; u < U; ++u) dw[u] = V(0);
           bypass.h = V::load(h_carry + r * W);
         }
-        const bool masked = Cell::middle == Middle::product && problem.h_mask;
+        const bool masked = options && Cell::middle == Middle::product && problem.h_mask;
         const V mask = masked ? V::load(this->mask_of(i + r) + unit, units) : V(1);
         if (masked) prev.h = prev.h * mask;
         State<V> before = Cell::backward(to_save, own, prev, grad, dgx, dgh, dw);
         if (masked) before.h = before.h * mask;
         if (zones || Facts::staged) before = {before.h + bypass.h, before.c + bypass.c};
-        if (!projects) before.h.store(h_carry + r * W);
+        if (!(options && projects)) before.h.store(h_carry + r * W);
         if (Cell::has_c) before.c.store(c_carry + r * W);
         GATEWISE_UNROLL
         for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * units, units);
@@ -292,16 +293,16 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
                                  const T* dh, Index stride) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const Index* place = rows.place + row;
-    const Unit<V, U> own = unit_of(p);
-    with_lanes<T>(d.R - unit, [&](auto lanes) {
+    this->epilogue(d.R - unit, [&](auto lanes, auto options) {
+      const Unit<V, U> own = unit_of(p, options);
       for (Index r = 0; r < height; ++r) {
-        V total = total_dh(s, i + r, p, dh + r * stride, lanes, place[r]), bypass(0);
-        if (this->zones()) {
+        V total = total_dh(s, i + r, p, dh + r * stride, lanes, options, place[r]), bypass(0);
+        if (options && this->zones()) {
           const V keep = this->zoneout(s, i + r, p).h;
           bypass = keep * total, total = (V(1) - keep) * total;
         }
         if constexpr (Facts::staged) {
-          const T *kept = again.saved_at(p, row + r - saved.first), *h_prev = this->previous_h(call.y, s, i + r);
+          const T *kept = again.saved_at(p, row + r - saved.first), *h_prev = this->previous_h(call.y, s, i + r, options);
           V to_save[S], dgx[G] = {}, dw[U ? U : 1] = {};
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
           const State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)};
@@ -319,10 +320,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     });
   }
 
-  GATEWISE_FN Unit<V, U> unit_of(Index p) const {
+  GATEWISE_FN Unit<V, U> unit_of(Index p, bool options) const {
     Unit<V, U> own;
     for (int u = 0; u < U; ++u) own.w[u] = V::load(problem.weights.w_unit + u * d.H + p * W, d.H - p * W);
-    own.clip = V(problem.cell_clip);
+    own.clip = V(problem.cell_clip), own.clips = options;
     return own;
   }
 

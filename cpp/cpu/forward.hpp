@@ -60,10 +60,10 @@ template <class Cell, class T> struct PackedWeights {
     }
   }
 
-  GATEWISE_FN Unit<V, U> of(Index p, T clip) const {
+  GATEWISE_FN Unit<V, U> of(Index p, T clip, bool clips) const {
     Unit<V, U> own;
     for (int u = 0; u < U; ++u) own.w[u] = V::load(unit + (p * U + u) * W);
-    own.clip = V(clip);
+    own.clip = V(clip), own.clips = clips;
     return own;
   }
 };
@@ -108,7 +108,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   ForwardPass(const Base& base, Arena& arena, bool needed, Arena nowhere = Arena(nullptr))
       : ForwardPass(base, Forward<T>{base.problem, {}, {}, {}, {}, {}, {}, 1}, needed ? arena : nowhere,
                     needed ? arena : nowhere) {
-    again = true;
+    again = true, this->plain = false;
   }
 
   Index state_row(Index s) const { return Base::state_row(states, s); }
@@ -189,18 +189,23 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       const T* w_hh = weights.w_hh + q * per_group * product_gates * W * d.R;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
-        const T *h[kMaxRows] = {}, *operand[kMaxRows] = {};
-        bool any = false;
-        for (Index r = 0; r < height; ++r) {
-          h[r] = this->previous_h(call.y, s, i + r);
-          operand[r] = !h[r] ? this->zeros : masked ? masked + (i + r) * d.R : h[r];
-          any = any || h[r];
+        const T *h[kMaxRows] = {}, *others[kMaxRows] = {}, *const* operand = h;
+        bool any = Cell::has_product;
+        if (this->plain) {
+          for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r, false);
+          any = any && h[0];
+        } else {
+          for (Index r = 0; r < height; ++r) {
+            h[r] = this->previous_h(call.y, s, i + r);
+            others[r] = !h[r] ? this->zeros : masked ? masked + (i + r) * d.R : h[r];
+          }
+          operand = others;
         }
         Tile<T> tile;
         this->meter.start();
         for (Index b = 0; b < panels && keeps_gates(); ++b)
           prefetch(saved_at(q * per_group + b, saved_row(s, i)), height * S * W);
-        if (any && Cell::has_product) kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
+        if (any) kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < panels; ++b) {
@@ -288,9 +293,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     T* kept = saved_at(p, saved_row(s, i));
     const Index* place = rows.place + row;
     const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
-    const Unit<V, U> own = weights.of(p, problem.cell_clip);
-    const bool zones = this->zones(), to_stage = Facts::staged || projects;
-    this->with_units(p, [&](auto units) {
+    this->epilogue(d.H - unit, [&](auto units, auto options) {
+      const bool zones = options && this->zones(), to_stage = Facts::staged || (options && projects);
+      const Unit<V, U> own = weights.of(p, problem.cell_clip, options);
       for (Index r = 0; r < height; ++r) {
         V x[G], gh[G] = {}, to_save[S];
         GATEWISE_UNROLL
@@ -298,11 +303,11 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         GATEWISE_UNROLL
         for (int g = 0; g < product_gates; ++g) gh[g] = V::load(products + r * stride + g * units, units);
         if (Cell::split) gh[G - 1] = gh[G - 1] + b_hh;
-        State<V> prev{h[r] && !projects ? V::load(h[r] + unit, units) : V(0), V(0)};
-        if (Cell::middle == Middle::product && problem.h_mask)
+        State<V> prev{h[r] && !(options && projects) ? V::load(h[r] + unit, units) : V(0), V(0)};
+        if (options && Cell::middle == Middle::product && problem.h_mask)
           prev.h = prev.h * V::load(this->mask_of(i + r) + unit, units);
         if (Cell::has_c)
-          prev.c = V::load(this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
+          prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
         State<V> next = Cell::forward(x, gh, own, prev, to_save);
         if (to_stage) next.h.store(middle_at(s, i + r) + unit, units);
         if (zones) {
@@ -310,8 +315,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           if (!to_stage) next.h = fma(keep.h, prev.h, (V(1) - keep.h) * next.h);
           if (Cell::has_c) next.c = fma(keep.c, prev.c, (V(1) - keep.c) * next.c);
         }
-        if (!to_stage && !again) next.h.store(call.y + place[r] * d.H + unit, units);
-        if (Cell::has_c && writes_states) next.c.store(c_next + r * W);
+        if (!to_stage && !(options && again)) next.h.store(call.y + place[r] * d.H + unit, units);
+        if (Cell::has_c && (!options || writes_states)) next.c.store(c_next + r * W);
         if (!saved.numbers) continue;
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k) to_save[k].store(kept + (r * S + k) * W);
@@ -323,11 +328,11 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
-    const Unit<V, U> own = weights.of(p, problem.cell_clip);
-    with_lanes<T>(d.R - unit, [&](auto lanes) {
+    this->epilogue(d.R - unit, [&](auto lanes, auto options) {
+      const Unit<V, U> own = weights.of(p, problem.cell_clip, options);
       for (Index r = 0; r < height; ++r) {
         V h = V::load(values + r * stride, lanes);
-        const T* before = this->previous_h(call.y, s, i + r);
+        const T* before = this->previous_h(call.y, s, i + r, options);
         const State<V> prev{before ? V::load(before + unit, lanes) : V(0), V(0)};
         if constexpr (Facts::staged) {
           T* kept = saved_at(p, saved_row(s, i + r));
@@ -337,8 +342,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           h = Cell::output(x, h, own, prev, to_save);
           for (int k = 0; k < S; ++k) to_save[k].store(kept + k * W);
         }
-        if (again) continue;
-        if (this->zones()) {
+        if (options && again) continue;
+        if (options && this->zones()) {
           const V keep = this->zoneout(s, i + r, p).h;
           h = fma(keep, prev.h, (V(1) - keep) * h);
         }

@@ -111,6 +111,7 @@ template <class Cell, class T> struct Pass {
   Index P;       // panels
   Index groups;  // of panels
   bool projects;
+  bool plain;  // without resets, zoneout, masks, bounds of c, projection
   Rows rows;
   Plan how;
   Index chunk_target, chunk_capacity;  // rows: a chunk ends at the first step that reaches the target
@@ -120,7 +121,8 @@ template <class Cell, class T> struct Pass {
 
   Pass(const Problem<T>& p, Arena& arena, int threads, ChunkSize chunk)
       : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
-        projects(Facts::may_project && p.weights.w_hr), rows(arena, d.T, d.N, count_rows(p)),
+        projects(Facts::may_project && p.weights.w_hr),
+        plain(!projects && !p.sequence.reset && !p.h_mask && !zones() && p.cell_clip == T(__builtin_inf())), rows(arena, d.T, d.N, count_rows(p)),
         how(plan<Cell>(d, rows.count, threads, projects || Facts::staged || Cell::normed)),
         chunk_target(between(chunk.least_rows, chunk.bytes / (P * W * D * Index(sizeof(T))), chunk.most_rows)),
         zeros(arena.take<T>(d.R)),
@@ -141,6 +143,12 @@ template <class Cell, class T> struct Pass {
   Index group_registers(Index group) const { return Panels<G>::registers(group, d.H, W); }
   Index units(Index panel) const { return least(W, d.H - panel * W); }
   template <class F> GATEWISE_FN void with_units(Index panel, F f) const { with_lanes<T>(d.H - panel * W, f); }
+  // An epilogue, f(lanes, whether it has to look at options), compiled twice: for full registers in a plain pass,
+  // where both are constants, and for everything else.
+  template <class F> GATEWISE_FN void epilogue(Index lanes, F f) const {
+    if (plain && lanes >= W) f(std::integral_constant<Index, W>(), std::false_type());
+    else f(lanes, std::true_type());
+  }
 
   // Whether the state of sorted position i starts anew before step s. Walked backwards, a segment ends after its first
   // step.
@@ -151,8 +159,8 @@ template <class Cell, class T> struct Pass {
     return reset[rows.place[rows.offset[s] + i]];
   }
   // The hidden state before step s of sorted position i, or null for zeros.
-  GATEWISE_FN const T* previous_h(const T* y, Index s, Index i) const {
-    const bool restarted = restarts(s, i);
+  GATEWISE_FN const T* previous_h(const T* y, Index s, Index i, bool options = true) const {
+    const bool restarted = options && restarts(s, i);
     if (s > 0 && !restarted) return y + rows.place[rows.offset[s - 1] + i] * d.R;
     if (!problem.sequence.h0 || (restarted && problem.sequence.reset_to == ResetTo::zero)) return nullptr;
     return problem.sequence.h0 + rows.order[i] * d.R;

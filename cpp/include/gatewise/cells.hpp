@@ -32,7 +32,11 @@ template <class V> struct State { V h, c; };
 template <class V> struct Staged { V middle, prev_h; };
 template <class V, int U> struct Unit {
   V w[U ? U : 1];
-  V clip;  // of |c|; infinity where there is none
+  V clip;             // of |c|; infinity where there is none
+  bool clips = true;  // false, where the compiler can see it: no instructions are spent on it
+
+  GATEWISE_FN V clipped(V c) const { return clips ? clamp(c, clip) : c; }
+  GATEWISE_FN V d_clipped(V d, V c) const { return clips ? d_clamp(d, c, clip) : d; }
 };
 enum class Middle { none, product, norm };
 
@@ -41,6 +45,9 @@ struct Plain {
   static constexpr int U = 0;
   static constexpr bool has_c = false, split = false, has_product = true, normed = false;
   static constexpr Middle middle = Middle::none;
+  // With a stage in the middle: the number that `output` saves, the first gate and the first of the unit's weights
+  // whose gradients `d_output` makes
+  static constexpr int output_saved = -1, output_gate = 0, output_unit = 0;
 };
 
 struct RnnTanh : Plain {  // h = tanh(gx + gh): Elman, Finding Structure in Time, 1990
@@ -88,7 +95,7 @@ struct Lstm : Plain {  // with a forget gate: Gers, Schmidhuber, Cummins, Learni
     const V f = sigmoid(gx[1] + gh[1]);
     const V g = tanh(gx[2] + gh[2]);
     const V o = sigmoid(gx[3] + gh[3]);
-    const V c = clamp(fma(f, prev.c, i * g), unit.clip);
+    const V c = unit.clipped(fma(f, prev.c, i * g));
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
     return {o * tanh(c), c};
   }
@@ -96,8 +103,8 @@ struct Lstm : Plain {  // with a forget gate: Gers, Schmidhuber, Cummins, Learni
                                                           State<V> d, V (&dgx)[4], V (&)[4], V (&)[1]) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V c = fma(f, prev.c, i * g);
-    const V tanh_c = tanh(clamp(c, unit.clip));
-    const V dc = d_clamp(fma(d.h * o, d_tanh(tanh_c), d.c), c, unit.clip);
+    const V tanh_c = tanh(unit.clipped(c));
+    const V dc = unit.d_clipped(fma(d.h * o, d_tanh(tanh_c), d.c), c);
     dgx[0] = dc * g * d_sigmoid(i);
     dgx[1] = dc * prev.c * d_sigmoid(f);
     dgx[2] = dc * i * d_tanh(g);
@@ -118,7 +125,7 @@ struct LstmPeephole : Plain {
     const V i = sigmoid(fma(unit.w[0], prev.c, gx[0] + gh[0]));
     const V f = sigmoid(fma(unit.w[1], prev.c, gx[1] + gh[1]));
     const V g = tanh(gx[2] + gh[2]);
-    const V c = clamp(fma(f, prev.c, i * g), unit.clip);
+    const V c = unit.clipped(fma(f, prev.c, i * g));
     const V o = sigmoid(fma(unit.w[2], c, gx[3] + gh[3]));
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
     return {o * tanh(c), c};
@@ -127,10 +134,10 @@ struct LstmPeephole : Plain {
                                                           State<V> d, V (&dgx)[4], V (&)[4], V (&dw)[3]) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V c = fma(f, prev.c, i * g);
-    const V next_c = clamp(c, unit.clip);
+    const V next_c = unit.clipped(c);
     const V tanh_c = tanh(next_c);
     const V d_o = d.h * tanh_c * d_sigmoid(o);
-    const V dc = d_clamp(fma(d_o, unit.w[2], fma(d.h * o, d_tanh(tanh_c), d.c)), c, unit.clip);
+    const V dc = unit.d_clipped(fma(d_o, unit.w[2], fma(d.h * o, d_tanh(tanh_c), d.c)), c);
     const V d_i = dc * g * d_sigmoid(i);
     const V d_f = dc * prev.c * d_sigmoid(f);
     dgx[0] = d_i;
@@ -154,7 +161,7 @@ struct LstmCoupled : Plain {  // f = 1 - i: CIFG in Greff et al., LSTM: A Search
     const V i = sigmoid(gx[0] + gh[0]);
     const V g = tanh(gx[1] + gh[1]);
     const V o = sigmoid(gx[2] + gh[2]);
-    const V c = clamp(fma(i, g - prev.c, prev.c), unit.clip);
+    const V c = unit.clipped(fma(i, g - prev.c, prev.c));
     saved[0] = i, saved[1] = g, saved[2] = o;
     return {o * tanh(c), c};
   }
@@ -162,8 +169,8 @@ struct LstmCoupled : Plain {  // f = 1 - i: CIFG in Greff et al., LSTM: A Search
                                                           State<V> d, V (&dgx)[3], V (&)[3], V (&)[1]) {
     const V i = saved[0], g = saved[1], o = saved[2];
     const V c = fma(i, g - prev.c, prev.c);
-    const V tanh_c = tanh(clamp(c, unit.clip));
-    const V dc = d_clamp(fma(d.h * o, d_tanh(tanh_c), d.c), c, unit.clip);
+    const V tanh_c = tanh(unit.clipped(c));
+    const V dc = unit.d_clipped(fma(d.h * o, d_tanh(tanh_c), d.c), c);
     dgx[0] = dc * (g - prev.c) * d_sigmoid(i);
     dgx[1] = dc * i * d_tanh(g);
     dgx[2] = d.h * tanh_c * d_sigmoid(o);
@@ -178,6 +185,7 @@ struct LstmNorm : Plain {
   static constexpr int G = 4, S = 13, U = 14;
   static constexpr bool has_c = true, normed = true;
   static constexpr Middle middle = Middle::norm;
+  static constexpr int output_saved = 12, output_gate = 3, output_unit = 12;
 
   template <class V> GATEWISE_FN static State<V> forward(const V (&gx)[4], const V (&gh)[4], const Unit<V, 14>& unit,
                                                          State<V> prev, V (&saved)[13]) {
@@ -187,7 +195,7 @@ struct LstmNorm : Plain {
       a[g] = fma(unit.w[g], gx[g], fma(unit.w[4 + g], gh[g], unit.w[8 + g]));
     }
     const V i = sigmoid(a[0]), f = sigmoid(a[1]), g = tanh(a[2]), o = sigmoid(a[3]);
-    const V c = clamp(fma(f, prev.c, i * g), unit.clip);
+    const V c = unit.clipped(fma(f, prev.c, i * g));
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[12] = V(0);  // the last is output's to set
     return {c, c};
   }
@@ -209,7 +217,7 @@ struct LstmNorm : Plain {
   template <class V> GATEWISE_FN static State<V> backward(const V (&saved)[13], const Unit<V, 14>& unit, State<V> prev,
                                                           State<V> d, V (&dgx)[4], V (&dgh)[4], V (&dw)[14]) {
     const V i = saved[0], f = saved[1], g = saved[2];
-    const V dc = d_clamp(d.h + d.c, fma(f, prev.c, i * g), unit.clip);
+    const V dc = unit.d_clipped(d.h + d.c, fma(f, prev.c, i * g));
     const V da[] = {dc * g * d_sigmoid(i), dc * prev.c * d_sigmoid(f), dc * i * d_tanh(g), dgx[3]};
     for (int k = 0; k < 4; ++k) {
       dw[k] = da[k] * saved[4 + k];
@@ -253,6 +261,7 @@ struct GruResetBefore : Plain {
   static constexpr const char* name = "gru_reset_before";
   static constexpr int G = 3, S = 3;
   static constexpr Middle middle = Middle::product;
+  static constexpr int output_saved = 2, output_gate = 1;
 
   template <class V> GATEWISE_FN static State<V> forward(const V (&gx)[3], const V (&gh)[3], const Unit<V, 0>&,
                                                          State<V> prev, V (&saved)[3]) {
