@@ -67,7 +67,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   Gradients<T> dh_of;   // [R units], D = 1: of the chunk's h, where a projection makes it
   T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
   T *restart_h, *restart_c;  // [P][N][W] what resets send to the initial state, or null
-  T* d_middle;          // [N][H] by sorted position, of what came back from a normalisation, or null
+  T* d_middle;   // [N][H] by sorted position, of what came back from a normalisation, or null
+  T* norm_sums;  // [N][4][W] by sorted position, sums in the lanes of a normed row
   SavedRows<T> saved;
   CellStates<T> states;
   ForwardPass<Cell, T> again;
@@ -90,6 +91,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     restart_h = restarts ? arena.take<T>(P * d.N * W) : nullptr;
     restart_c = restarts && Cell::has_c ? arena.take<T>(P * d.N * W) : nullptr;
     d_middle = Cell::middle == Middle::norm ? arena.take<T>(d.N * d.H) : nullptr;
+    norm_sums = arena.take<T>(Cell::normed ? d.N * 4 * W : 0);
 
     saved = {const_cast<T*>(call.saved), rows.count, 0};
     states = {const_cast<T*>(call.states), this->state_rows(), 0, false};
@@ -102,6 +104,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     again.saved = saved;
   }
 
+  void fill() {
+    Base::fill();
+    if (recomputes(call)) again.weights.prepare(problem.weights);
+  }
   static bool recomputes(const Backward<T>& call) { return call.problem.save != Save::all; }
   Index stage_columns() const { return projects || Cell::middle == Middle::product ? d.H : 0; }
   // The rows of w_hh behind those that h is multiplied with at once
@@ -147,7 +153,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void step(Index s, const Gradients<T>& later, const Gradients<T>& gates, Index chunk, Range own, Range groups) {
     const Index live = rows.live(s), continuing = s + 1 < d.T ? rows.live(s + 1) : 0;
     const Range fed{least(own.begin, continuing), least(own.end, continuing)};
+    const Range all{own.begin, least(own.end, live)};
     const Range last{own.begin > continuing ? own.begin : continuing, least(own.end, live)};  // s is their last step
+    if (Cell::normed && all.size() > 0) zero_norm_sums(all);
     const auto finish_from = [&](Index i) {
       return [=](Index first, Index height, Index p, const T* dh, Index stride) {
         if (Facts::staged || projects) finish_output(s, gates, chunk, i + first, height, p, dh, stride);
@@ -157,7 +165,6 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const Gradients<T> fed_gates = later.from(fed.begin);
     product(h, Cell::has_product ? &fed_gates : nullptr, d.R, fed.size(), groups, s, finish_from(fed.begin));
     product(h, nullptr, d.R, last.size(), groups, s, finish_from(last.begin));
-    const Range all{own.begin, least(own.end, live)};
     if constexpr (may_stage) {
       if (stage.columns) {
         const Gradients<T> of_stage = (projects ? dh_of : gates).from(rows.offset[s] + all.begin - chunk);
@@ -170,35 +177,51 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     if constexpr (Cell::normed) d_normed_step(s, gates, chunk, all);
   }
 
-  // The rest of the step of a normed cell: back through what was standardised
+  // The rest of the step of a normed cell: back through what was standardised. If x are n numbers less their mean, times
+  // their scale, then the gradient d of x becomes that of the numbers so: scale (d - mean(d) - x mean(d x)).
   void d_normed_step(Index s, const Gradients<T>& gates, Index chunk, Range positions) {
     for_each_tile(positions.size(), kMaxRows, [&](Index first, Index height) {
-      const Index i = positions.begin + first, row = rows.offset[s] + i;
-      const auto each_row = [&](auto f) {
-        for (Index r = 0; r < height; ++r) {
-          const T* kept = again.saved_at(0, row + r - saved.first);
-          f(r, row + r - saved.first, [=](int from) {
-            return [=](Index p, int b) { return kept + p * saved.stride * S * W + (from + b) * W; };
-          });
-        }
-      };
+      const Index i = positions.begin + first, row = rows.offset[s] + i, kept_row = row - saved.first;
       if constexpr (Cell::middle == Middle::norm) {
-        T* d_c = d_middle + i * d.H;
-        each_row([&](Index r, Index kept_row, auto standard) {
-          d_standardise<T, 1>(
-              d.H, *again.scale_at(2, kept_row), [&](Index p, int) { return d_c + r * d.H + p * W; }, standard(S - 1));
-        });
-        for (Index p = 0; p < P; ++p) finish(s, gates, chunk, i, height, p, d_c + p * W, d.H);
+        FromStandard of_c[kMaxRows];
+        for (Index r = 0; r < height; ++r)
+          of_c[r] = from_standard(*again.scale_at(2, kept_row + r), norm_sum(0, i + r), norm_sum(1, i + r), d.H);
+        zero_norm_sums({i, i + height});
+        for (Index p = 0; p < P; ++p) finish(s, gates, chunk, i, height, p, d_middle + i * d.H + p * W, d.H, of_c);
       }
-      each_row([&](Index r, Index kept_row, auto standard) {
-        const auto block = [&](int from) {
-          return [=](Index p, int b) { return gates.row(p, row + r - chunk) + gates.slot(p, from + b); };
-        };
-        d_standardise<T, G>(d.H, *again.scale_at(0, kept_row), block(Facts::x_block), standard(G));
-        d_standardise<T, G>(d.H, *again.scale_at(1, kept_row), block(Facts::h_block), standard(2 * G));
-      });
+      FromStandard of_x[kMaxRows], of_h[kMaxRows];
+      for (Index r = 0; r < height; ++r) {
+        of_x[r] = from_standard(*again.scale_at(0, kept_row + r), norm_sum(0, i + r), norm_sum(1, i + r), G * d.H);
+        of_h[r] = from_standard(*again.scale_at(1, kept_row + r), norm_sum(2, i + r), norm_sum(3, i + r), G * d.H);
+      }
+      for (Index p = 0; p < P; ++p)
+        this->with_units(p, [&](auto units) {
+          for (Index r = 0; r < height; ++r) {
+            const T* products = again.saved_at(p, kept_row + r) + G * W;
+            T* dgx = gates.row(p, row + r - chunk) + Facts::x_block * units;
+            T* dgh = gates.row(p, row + r - chunk) + Facts::h_block * units;
+            const V x_scale(of_x[r].scale), h_scale(of_h[r].scale);
+            GATEWISE_UNROLL
+            for (int g = 0; g < G; ++g) {
+              const V x = V::load(products + g * W) * x_scale, h = V::load(products + (G + g) * W) * h_scale;
+              of_x[r].apply(V::load(dgx + g * units, units), x).store(dgx + g * units, units);
+              of_h[r].apply(V::load(dgh + g * units, units), h).store(dgh + g * units, units);
+            }
+          }
+        });
     });
   }
+  struct FromStandard {
+    T scale, less_mean, along;
+    GATEWISE_FN V apply(V gradient, V x) const { return fma(x, V(along), fma(gradient, V(scale), V(less_mean))); }
+  };
+  static FromStandard from_standard(T scale, T sum, T sum_along, Index n) {
+    return {scale, -scale * (sum / T(n)), -scale * (sum_along / T(n))};
+  }
+  // Of sorted position i: 0, 1: the gradients of X or, first, of C, and their products with these numbers; 2, 3: of Hh
+  GATEWISE_FN T* norm_sums_at(Index i) const { return norm_sums + i * 4 * W; }
+  GATEWISE_FN T norm_sum(int which, Index i) const { return lane_sum(V::load(norm_sums_at(i) + which * W)); }
+  void zero_norm_sums(Range positions) const { zero(norm_sums_at(positions.begin), positions.size() * 4 * W); }
 
   // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units: lanes
   template <class Lanes>
@@ -223,9 +246,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     return V(0);
   }
 
-  // The epilogue: the cell's backward on a tile's rows of one panel
+  // The epilogue: the cell's backward on a tile's rows of one panel. of_c [height]: how dh, of standardised c, is made
+  // that of c
   GATEWISE_FN void finish(Index s, const Gradients<T>& gates, Index chunk, Index i, Index height, Index p, const T* dh,
-                          Index stride) {
+                          Index stride, const FromStandard* of_c = nullptr) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const T* kept = again.saved_at(p, row - saved.first);
     const T* c_prev = states.numbers + (p * states.stride + this->state_row(states, s - 1) + i) * W;
@@ -240,10 +264,16 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         V to_save[S], dgx[G], dgh[G], dw[U ? U : 1];
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + (r * S + k) * W);
+        if constexpr (Cell::normed) {
+          const V of_x(*again.scale_at(0, row - saved.first + r)), of_h(*again.scale_at(1, row - saved.first + r));
+          GATEWISE_UNROLL
+          for (int g = 0; g < G; ++g) to_save[G + g] = to_save[G + g] * of_x, to_save[2 * G + g] = to_save[2 * G + g] * of_h;
+        }
         State<V> prev{h_prev && !(options && projects) ? V::load(h_prev + unit, units) : V(0), V(0)};
         State<V> grad{in_stage ? V::load(dh + r * stride, units)
                                : total_dh(s, i + r, p, dh + r * stride, units, options, place[r]),
                       V(0)};
+        if constexpr (Cell::middle == Middle::norm) grad.h = of_c[r].apply(grad.h, to_save[Cell::output_saved]);
         State<V> bypass{V(0), V(0)};
         if (Cell::has_c) {
           prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
@@ -258,7 +288,6 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         if constexpr (Facts::staged) {  // the stage's own have been there
           GATEWISE_UNROLL
           for (int g = 0; g < G; ++g) dgx[g] = V::load(out + Facts::x_slot(g) * units, units);
-          for (int u = 0; u < U; ++u) dw[u] = V(0);
           bypass.h = V::load(h_carry + r * W);
         }
         const bool masked = options && Cell::middle == Middle::product && problem.h_mask;
@@ -275,17 +304,26 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         if (Cell::normed) {
           GATEWISE_UNROLL
           for (int g = 0; g < G; ++g) dgh[g].store(out + Facts::h_slot(g) * units, units);
+          V sum_x(0), along_x(0), sum_h(0), along_h(0);
+          GATEWISE_UNROLL
+          for (int g = 0; g < G; ++g) {
+            const V of_x = first_of(dgx[g], units), of_h = first_of(dgh[g], units);
+            sum_x = sum_x + of_x, along_x = fma(of_x, to_save[G + g], along_x);
+            sum_h = sum_h + of_h, along_h = fma(of_h, to_save[2 * G + g], along_h);
+          }
+          T* sums = norm_sums_at(i + r);
+          add_to(sums, sum_x), add_to(sums + W, along_x), add_to(sums + 2 * W, sum_h), add_to(sums + 3 * W, along_h);
         }
-        if (U && call.dw_unit) add_unit(p, i + r, dw);
+        if (U && call.dw_unit) add_unit(p, i + r, dw, 0, Facts::cell_units);
       }
     });
   }
 
   // The gradients of the units' weights are summed sequence by sequence, so that no thread adds to another's sums.
-  GATEWISE_FN void add_unit(Index p, Index i, const V (&dw)[U ? U : 1]) {
+  GATEWISE_FN void add_unit(Index p, Index i, const V (&dw)[U ? U : 1], int begin, int end) {
     T* sum = unit_sums + (p * d.N + i) * U * W;
     GATEWISE_UNROLL
-    for (int u = 0; u < U; ++u) (V::load(sum + u * W) + dw[u]).store(sum + u * W);
+    for (int u = begin; u < end; ++u) add_to(sum + u * W, dw[u]);
   }
 
   // Back through what makes h of what came back from the stage, or of the projection
@@ -309,9 +347,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           const Staged<V> d_stage = Cell::d_output(to_save, own, prev, total, dgx, dw);
           bypass = bypass + d_stage.prev_h;
           T* out = gates.row(p, row + r - chunk);
-          for (int g = 0; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * lanes, lanes);
-          if (U && call.dw_unit) add_unit(p, i + r, dw);
-          if (d_middle) d_stage.middle.store(d_middle + (i + r) * d.H + unit, lanes);
+          for (int g = Cell::output_gate; g < G; ++g) dgx[g].store(out + Facts::x_slot(g) * lanes, lanes);
+          if (U && call.dw_unit) add_unit(p, i + r, dw, Facts::cell_units, U);
+          if constexpr (Cell::middle == Middle::norm) {
+            d_stage.middle.store(d_middle + (i + r) * d.H + unit, lanes);
+            const V of_c = first_of(d_stage.middle, lanes);
+            add_to(norm_sums_at(i + r), of_c), add_to(norm_sums_at(i + r) + W, of_c * to_save[Cell::output_saved]);
+          }
         } else {
           total.store(dh_of.row(p, row + r - chunk), lanes);
         }

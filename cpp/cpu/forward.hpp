@@ -6,6 +6,11 @@
 //   saved  [P][R][S][W], behind it scales [3][R] of a normed cell, then [R][H] what went through the stage of a product
 //   states [P][N + R][W], c0 in the first N rows, or [P][checkpoints][N][W]     (the tape: these two)
 //   gx     [P][chunk][G][W]                                                     (scratch)
+//
+// The weights of a normed cell are packed less the mean of each column: the mean of their product with anything is zero,
+// and its variance the mean of the squares, which are summed while the product is in L1. What is saved behind its gates
+// are these products as they come, and they wait there for the cell; whoever reads them multiplies them with the row's
+// scale.
 // Lanes past H hold junk.
 #pragma once
 #include "pass.hpp"
@@ -23,6 +28,7 @@ template <class Cell, class T> struct PackedWeights {
   Index P;
   Index stage_units;  // of the product in the stage: H of the last gate, R of the projection, 0: there is none
   T *w_ih, *w_hh, *w_stage, *bias, *unit;
+  T *mean_ih, *mean_hh;  // of a normed cell's columns, in two parts: column_means()
 
   PackedWeights(const Problem<T>& p, Arena& arena)
       : d(p.dims), P(ceil_div(d.H, W)),
@@ -30,17 +36,24 @@ template <class Cell, class T> struct PackedWeights {
         w_ih(arena.take<T>(P * G * W * d.I)),
         w_hh(arena.take<T>(Cell::has_product ? P * product_gates * W * d.R : 0)),
         w_stage(arena.take<T>(ceil_div(stage_units, W) * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
-        unit(arena.take<T>(P * U * W)) {}
+        unit(arena.take<T>(P * U * W)), mean_ih(Cell::normed ? arena.take<T>(2 * d.I) : nullptr),
+        mean_hh(Cell::normed ? arena.take<T>(2 * d.R) : nullptr) {}
 
   Index bytes() const { return P * G * W * (d.I + d.R) * Index(sizeof(T)); }
 
+  // What all parts of fill() read
+  void prepare(const Weights<T>& w) {
+    if (!Cell::normed) return;
+    column_means(w.w_ih, G * d.H, d.I, mean_ih);
+    column_means(w.w_hh, G * d.H, d.R, mean_hh);
+  }
   void fill(const Weights<T>& w, int id, int parts) {
     const Range groups = share(ceil_div(P, Facts::group), id, parts);
-    for (Index q = groups.begin; q < groups.end; ++q) pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih);
+    for (Index q = groups.begin; q < groups.end; ++q) pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih, mean_ih);
     if constexpr (Cell::has_product) {
       const Range of_h = share(ceil_div(P, Panels<product_gates>::per_group), id, parts);
       for (Index q = of_h.begin; q < of_h.end; ++q)
-        pack<T, product_gates>(w.w_hh, d.H, d.R, Facts::h_gate, q, w_hh);
+        pack<T, product_gates>(w.w_hh, d.H, d.R, Facts::h_gate, q, w_hh, mean_hh);
     }
     if constexpr (Cell::middle == Middle::product || Facts::may_project) {
       const T* from = Facts::may_project ? w.w_hr : w.w_hh + (G - 1) * d.H * d.R;
@@ -87,7 +100,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   PackedWeights<Cell, T> weights;
   T* gx;
   T* masked;  // [N][R] by sorted position: h times its mask, or null
-  T* hidden;  // [P][N][G][W] by sorted position, gates end to end: products that wait to be standardised, or null
+  T* hidden;  // [P][N][G][W] by sorted position: a normed cell's products with h, where they are not kept
+  T* row_sums;         // [N][W] by sorted position: sums in the lanes of a normed row
+  T *x_sums, *x_scale;  // [chunk][W], [chunk]: likewise of gx, and by what it is to be multiplied
   T* middle;  // [N][H] by sorted position: what goes through the stage, where it is not kept
   SavedRows<T> saved;
   CellStates<T> states;
@@ -111,12 +126,25 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     again = true, this->plain = false;
   }
 
+  void fill() {
+    Base::fill();
+    if (!call.packed) weights.prepare(problem.weights);
+  }
   Index state_row(Index s) const { return Base::state_row(states, s); }
   bool keeps_gates() const { return saved.first >= 0 && saved.numbers; }
   GATEWISE_FN Index saved_row(Index s, Index i) const {
     return saved.first < 0 ? i : rows.offset[s] + i - saved.first;
   }
   GATEWISE_FN T* saved_at(Index p, Index row) const { return saved.numbers + (p * saved.stride + row) * S * W; }
+  // A normed cell's products, `pitch` from row to row
+  GATEWISE_FN T* gx_at(Index p, Index row, Index chunk) const {
+    return Cell::normed && keeps_gates() ? saved_at(p, row - saved.first) + G * W
+                                         : gx + (p * this->chunk_capacity + row - chunk) * G * W;
+  }
+  GATEWISE_FN T* gh_at(Index p, Index s, Index i) const {
+    return keeps_gates() ? saved_at(p, saved_row(s, i)) + 2 * G * W : hidden + (p * d.N + i) * G * W;
+  }
+  GATEWISE_FN Index pitch() const { return Cell::normed && keeps_gates() ? S * W : G * W; }
   // Of a normed cell: the scales of gx, gh and c
   GATEWISE_FN T* scale_at(int which, Index row) const { return saved_at(P, 0) + which * saved.stride + row; }
   // What goes through the stage before a product is kept behind everything else: the product's weights need it.
@@ -132,6 +160,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
   // gx of packed rows [begin, end), in a chunk that starts at row `chunk`, for the given groups of panels
   void project(Index chunk, Range packed, Range groups) {
+    if (Cell::normed) zero(x_sums + (packed.begin - chunk) * W, packed.size() * W);
     for (Index q = groups.begin; q < groups.end; ++q) {
       const Index panels = this->group_panels(q), registers = this->group_registers(q);
       const Segments row_of_x = one_segment(d.I);
@@ -148,8 +177,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           for (Index b = 0; b < panels; ++b) {
             const Index p = q * Facts::group + b;
             const T* product = tile.numbers + (r * registers + b * G) * W;
-            T* out = gx + (p * this->chunk_capacity + row + r - chunk) * G * W;
+            T* out = gx_at(p, row + r, chunk);
             this->with_units(p, [&](auto units) {
+              if constexpr (Cell::normed) return store_products(product, units, out, x_sums + (row + r - chunk) * W);
               GATEWISE_UNROLL
               for (int g = 0; g < G; ++g) {
                 const V bias = V::load(weights.bias + (p * (G + 1) + g) * W);
@@ -162,10 +192,21 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     }
     if constexpr (Cell::normed)
       for (Index row = packed.begin; row < packed.end; ++row) {
-        T* own = gx + (row - chunk) * G * W;
-        const T scale = standardise<T, G>(d.H, [&](Index p, int g) { return own + (p * this->chunk_capacity * G + g) * W; });
+        const T scale = norm_scale(V::load(x_sums + (row - chunk) * W), G * d.H);
+        x_scale[row - chunk] = scale;
         if (keeps_gates()) *scale_at(0, row - saved.first) = scale;
       }
+  }
+  // A row of a normed cell's products on one panel, and their squares
+  template <class Lanes> GATEWISE_FN void store_products(const T* product, Lanes units, T* out, T* squares) const {
+    V sum(0);
+    GATEWISE_UNROLL
+    for (int g = 0; g < G; ++g) {
+      const V number = V::load(product + g * units, units);
+      number.store(out + g * W);
+      sum = fma(number, number, sum);
+    }
+    add_to(squares, sum);
   }
 
   // h before step s times its mask, of sorted positions [begin, end)
@@ -179,6 +220,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // One step of sorted positions [begin, end), for the given groups of panels
   void step(Index s, Index chunk, Range positions, Range groups) {
     if (!call.saved && call.states && problem.save == Save::checkpoints) keep_checkpoint(s, positions, groups);
+    if (Cell::normed) zero(row_sums + positions.begin * W, positions.size() * W);
     constexpr int per_group = Panels<product_gates>::per_group;
     if (per_group != Facts::group) groups = {0, ceil_div(P, per_group)};  // the gates of a staged cell: never shared
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
@@ -212,8 +254,10 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           const Index p = q * per_group + b;
           const T* products = tile.numbers + b * product_gates * W;
           if constexpr (Cell::normed) {
-            for (Index r = 0; r < height; ++r)
-              copy(products + r * registers * W, hidden + (p * d.N + i + r) * G * W, ceil_div(G * this->units(p), W) * W);
+            this->with_units(p, [&](auto units) {
+              for (Index r = 0; r < height; ++r)
+                store_products(products + r * registers * W, units, gh_at(p, s, i) + r * pitch(), row_sums + (i + r) * W);
+            });
           } else {
             finish(s, chunk, i, height, p, h, products, registers * W);
           }
@@ -231,22 +275,35 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     for_each_tile(positions.size(), kMaxRows, [&](Index first, Index height) {
       const Index i = positions.begin + first;
       const T* h[kMaxRows] = {};
+      T scale[kMaxRows];
       for (Index r = 0; r < height; ++r) {
         h[r] = this->previous_h(call.y, s, i + r);
-        const T scale = standardise<T, G>(
-            d.H, [&](Index p, int g) { return hidden + (p * d.N + i + r) * G * W + g * this->units(p); });
-        if (keeps_gates()) *scale_at(1, saved_row(s, i + r)) = scale;
+        scale[r] = norm_scale(V::load(row_sums + (i + r) * W), G * d.H);
+        if (keeps_gates()) *scale_at(1, saved_row(s, i + r)) = scale[r];
       }
-      for (Index p = 0; p < P; ++p) finish(s, chunk, i, height, p, h, hidden + (p * d.N + i) * G * W, G * W);
+      zero(row_sums + i * W, height * W);
+      for (Index p = 0; p < P; ++p) finish(s, chunk, i, height, p, h, gh_at(p, s, i), pitch(), scale);
       if constexpr (Cell::middle == Middle::norm) {
         T* c = middle + i * d.H;
         for (Index r = 0; r < height; ++r) {
-          const T scale = standardise<T, 1>(d.H, [&](Index p, int) { return c + r * d.H + p * W; });
-          if (keeps_gates()) *scale_at(2, saved_row(s, i + r)) = scale;
+          scale[r] = less_mean(c + r * d.H, lane_sum(V::load(row_sums + (i + r) * W)) / T(d.H));
+          if (keeps_gates()) *scale_at(2, saved_row(s, i + r)) = scale[r];
         }
-        for (Index p = 0; p < P; ++p) finish_output(s, chunk, i, height, p, c + p * W, d.H);
+        for (Index p = 0; p < P; ++p) finish_output(s, chunk, i, height, p, c + p * W, d.H, scale);
       }
     });
+  }
+
+  // H numbers less their mean, and the scale of what remains
+  T less_mean(T* numbers, T mean) const {
+    V squares(0);
+    for (Index p = 0; p < P; ++p)
+      this->with_units(p, [&](auto units) {
+        const V rest = first_of(V::load(numbers + p * W, units) - V(mean), units);
+        rest.store(numbers + p * W, units);
+        squares = fma(rest, rest, squares);
+      });
+    return norm_scale(squares, d.H);
   }
 
   // The product in the middle of a step, or the projection at its end
@@ -283,11 +340,12 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     }
   }
 
-  // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart; h the states before
+  // The epilogue: the cell on a tile's rows of one panel. products [height] rows, `stride` apart; h the states before;
+  // of a normed cell, scale [height] of the products
   GATEWISE_FN void finish(Index s, Index chunk, Index i, Index height, Index p, const T* const* h, const T* products,
-                          Index stride) {
-    const Index row = rows.offset[s] + i, unit = p * W;
-    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
+                          Index stride, const T* scale = nullptr) {
+    const Index row = rows.offset[s] + i, unit = p * W, gx_stride = pitch();
+    const T* gx_row = gx_at(p, row, chunk);
     const T* c_prev = states.numbers + (p * states.stride + state_row(s - 1) + i) * W;
     T* c_next = states.numbers + (p * states.stride + state_row(s) + i) * W;
     T* kept = saved_at(p, saved_row(s, i));
@@ -299,9 +357,15 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       for (Index r = 0; r < height; ++r) {
         V x[G], gh[G] = {}, to_save[S];
         GATEWISE_UNROLL
-        for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + (r * G + g) * W);
+        for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + r * gx_stride + g * W);
         GATEWISE_UNROLL
-        for (int g = 0; g < product_gates; ++g) gh[g] = V::load(products + r * stride + g * units, units);
+        for (int g = 0; g < product_gates; ++g)
+          gh[g] = Cell::normed ? V::load(products + r * stride + g * W) : V::load(products + r * stride + g * units, units);
+        if constexpr (Cell::normed) {
+          const V of_x(x_scale[row + r - chunk]), of_h(scale[r]);
+          GATEWISE_UNROLL
+          for (int g = 0; g < G; ++g) x[g] = x[g] * of_x, gh[g] = gh[g] * of_h;
+        }
         if (Cell::split) gh[G - 1] = gh[G - 1] + b_hh;
         State<V> prev{h[r] && !(options && projects) ? V::load(h[r] + unit, units) : V(0), V(0)};
         if (options && Cell::middle == Middle::product && problem.h_mask)
@@ -310,6 +374,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
         State<V> next = Cell::forward(x, gh, own, prev, to_save);
         if (to_stage) next.h.store(middle_at(s, i + r) + unit, units);
+        if (Cell::middle == Middle::norm) add_to(row_sums + (i + r) * W, first_of(next.h, units));
         if (zones) {
           const State<V> keep = this->zoneout(s, i + r, p);
           if (!to_stage) next.h = fma(keep.h, prev.h, (V(1) - keep.h) * next.h);
@@ -319,15 +384,18 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (Cell::has_c && (!options || writes_states)) next.c.store(c_next + r * W);
         if (!saved.numbers) continue;
         GATEWISE_UNROLL
-        for (int k = 0; k < S; ++k) to_save[k].store(kept + (r * S + k) * W);
+        for (int k = 0; k < S; ++k)
+          if (k != Cell::output_saved && !is_product(k)) to_save[k].store(kept + (r * S + k) * W);
       }
     });
   }
+  // Whether this saved number of a normed cell stands there before the cell is called
+  static constexpr bool is_product(int k) { return Cell::normed && G <= k && k < 3 * G; }
 
-  // The epilogue of the stage: h from what came back, [height] rows, `stride` apart
-  GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride) {
+  // The epilogue of the stage: h from what came back, [height] rows, `stride` apart, to be multiplied with scale, or null
+  GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride,
+                                 const T* scale = nullptr) {
     const Index row = rows.offset[s] + i, unit = p * W;
-    const T* gx_row = gx + (p * this->chunk_capacity + row - chunk) * G * W;
     this->epilogue(d.R - unit, [&](auto lanes, auto options) {
       const Unit<V, U> own = weights.of(p, problem.cell_clip, options);
       for (Index r = 0; r < height; ++r) {
@@ -336,11 +404,13 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         const State<V> prev{before ? V::load(before + unit, lanes) : V(0), V(0)};
         if constexpr (Facts::staged) {
           T* kept = saved_at(p, saved_row(s, i + r));
+          const T* gx_row = gx_at(p, row + r, chunk);
           V x[G], to_save[S];
-          for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + (r * G + g) * W);
+          for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + g * W);
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
+          if constexpr (Cell::middle == Middle::norm) h = h * V(scale[r]);
           h = Cell::output(x, h, own, prev, to_save);
-          for (int k = 0; k < S; ++k) to_save[k].store(kept + k * W);
+          to_save[Cell::output_saved].store(kept + Cell::output_saved * W);
         }
         if (options && again) continue;
         if (options && this->zones()) {
@@ -414,7 +484,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   ForwardPass(const Base& base, const Forward<T>& call, Arena& arena, Arena& packed)
       : Base(base), call(call), again(false), weights(problem, packed),
         gx(arena.take<T>(P * this->chunk_capacity * G * W)), masked(problem.h_mask ? arena.take<T>(d.N * d.R) : nullptr),
-        hidden(Cell::normed ? arena.take<T>(P * d.N * G * W) : nullptr),
+        hidden(arena.take<T>(Cell::normed ? P * d.N * G * W : 0)), row_sums(arena.take<T>(Cell::normed ? d.N * W : 0)),
+        x_sums(arena.take<T>(Cell::normed ? this->chunk_capacity * W : 0)),
+        x_scale(arena.take<T>(Cell::normed ? this->chunk_capacity : 0)),
         middle(arena.take<T>(Facts::staged || projects ? d.N * d.H : 0)) {}
 };
 

@@ -32,6 +32,7 @@ template <class Cell, class T> void backward(const Backward<T>& call) {
 template <class Cell, class T> void pack_weights(const Problem<T>& problem, void* packed) {
   Arena arena(packed);
   PackedWeights<Cell, T> weights(problem, arena);
+  weights.prepare(problem.weights);
   weights.fill(problem.weights, 0, 1);
 }
 

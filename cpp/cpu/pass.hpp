@@ -26,6 +26,8 @@ template <class Cell, class T> struct CellFacts {
   static constexpr Index W = V::width;
   static constexpr int G = Cell::G, S = Cell::S, U = Cell::U;
   static constexpr bool staged = Cell::middle != Middle::none;  // the cell is called twice a step
+  // The unit's weights whose gradients `backward` makes; those of the rest `d_output`
+  static constexpr int cell_units = staged ? Cell::output_unit : U;
   static constexpr bool may_project = Cell::has_c && !staged;
   // Gates whose hidden part is a product with h; that of the last may have to wait for the stage
   static constexpr int product_gates = Cell::middle == Middle::product ? G - 1 : G;
@@ -147,7 +149,7 @@ template <class Cell, class T> struct Pass {
   // where both are constants, and for everything else.
   template <class F> GATEWISE_FN void epilogue(Index lanes, F f) const {
     if (plain && lanes >= W) f(std::integral_constant<Index, W>(), std::false_type());
-    else f(lanes, std::true_type());
+    else f(least(lanes, W), std::true_type());
   }
 
   // Whether the state of sorted position i starts anew before step s. Walked backwards, a segment ends after its first
@@ -212,51 +214,23 @@ template <class T> void zero_padding(const Problem<T>& p, T* array, Index width,
       if (t >= p.sequence.lengths[n]) zero(array + (t * per_step + n * per_sequence) * width, width);
 }
 
-// ---- layer normalisation's part without weights: a row less its mean, over its standard deviation
+// ---- layer normalisation's part without weights: numbers less their mean, over their standard deviation. Sums of a row
+// are gathered lane by lane, panel after panel, while its numbers are in registers.
 
-constexpr double kNormEpsilon = 1e-5;  // added to the variance, as torch.nn.LayerNorm does
-
-template <class T> GATEWISE_FN T lane_sum(Vec<T> v) {
-  T sum = 0;
-  for (int lane = 0; lane < Vec<T>::width; ++lane) sum += v.native[lane];
-  return sum;
+// From the sum of n squares of differences from the mean to the factor; 1e-5 as in torch.nn.LayerNorm
+template <class T> GATEWISE_FN T norm_scale(Vec<T> squares, Index n) {
+  return T(1) / std::sqrt(lane_sum(squares) / T(n) + T(1e-5));
 }
-// f(block's first number, its lanes) for every block of every panel of H units; `at(panel, block)` points to it
-template <class T, int Blocks, class At, class F> GATEWISE_FN void for_each_block(Index H, At at, F f) {
-  for (Index p = 0; p * Vec<T>::width < H; ++p)
-    with_lanes<T>(H - p * Vec<T>::width, [&](auto lanes) {
-      for (int b = 0; b < Blocks; ++b) f(p, b, at(p, b), lanes);
-    });
-}
-// In place; returns what the differences from the mean were multiplied with.
-template <class T, int Blocks, class At> T standardise(Index H, At at) {
-  using V = Vec<T>;
-  V sum(0), squares(0);
-  for_each_block<T, Blocks>(H, at, [&](Index, int, T* x, auto lanes) { sum = sum + V::load(x, lanes); });
-  const V mean(lane_sum(sum) / T(H * Blocks));
-  for_each_block<T, Blocks>(H, at, [&](Index, int, T* x, auto lanes) {
-    (V::load(x, lanes) - mean).store(x, lanes);
-    const V difference = V::load(x, lanes);  // zero past the last lane
-    squares = fma(difference, difference, squares);
-  });
-  const T scale = T(1) / std::sqrt(lane_sum(squares) / T(H * Blocks) + T(kNormEpsilon));
-  for_each_block<T, Blocks>(H, at, [&](Index, int, T* x, auto lanes) { (V::load(x, lanes) * V(scale)).store(x, lanes); });
-  return scale;
-}
-// In place, from the gradient of standardised numbers to that of the numbers: d = scale (d - mean d - x mean(d x))
-template <class T, int Blocks, class At, class Standard> void d_standardise(Index H, T scale, At d, Standard standard) {
-  using V = Vec<T>;
-  V sum(0), along(0);
-  for_each_block<T, Blocks>(H, d, [&](Index p, int b, T* dx, auto lanes) {
-    const V value = V::load(dx, lanes);
-    sum = sum + value;
-    along = fma(value, V::load(standard(p, b), lanes), along);
-  });
-  const V mean(lane_sum(sum) / T(H * Blocks)), mean_along(lane_sum(along) / T(H * Blocks));
-  for_each_block<T, Blocks>(H, d, [&](Index p, int b, T* dx, auto lanes) {
-    const V rest = V::load(dx, lanes) - mean;
-    (V(scale) * fma(-V::load(standard(p, b), lanes), mean_along, rest)).store(dx, lanes);
-  });
+template <class T> GATEWISE_FN void add_to(T* sum, Vec<T> v) { (Vec<T>::load(sum) + v).store(sum); }
+// v with zeros past its first lanes
+template <class T, class Lanes> GATEWISE_FN Vec<T> first_of(Vec<T> v, Lanes lanes) {
+  if constexpr (std::is_same_v<Lanes, Index>) {
+    T numbers[Vec<T>::width];
+    v.store(numbers);
+    return Vec<T>::load(numbers, lanes);
+  } else {
+    return v;
+  }
 }
 
 }}}  // namespace gatewise::GATEWISE_ARCH

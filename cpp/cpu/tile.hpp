@@ -146,8 +146,10 @@ template <class T, int Gates, class Gate, class F> void for_each_register(Index 
   }
 }
 
-// packed[group][k][register][lane] = w[row in that lane][k], zero where there is none
-template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed) {
+// packed[group][k][register][lane] = w[row in that lane][k], zero where there is none; less mean[k] and mean[K + k],
+// what the first left of it, unless that is null
+template <class T, int Gates, class Gate>
+void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed, const T* mean = nullptr) {
   constexpr Index W = Vec<T>::width;
   const Index registers = Panels<Gates>::registers(group, H, W);
   T* out = packed + group * Panels<Gates>::per_group * Gates * W * K;
@@ -157,12 +159,28 @@ template <class T, int Gates, class Gate> void pack(const T* w, Index H, Index K
       GATEWISE_UNROLL
       for (Index lane = 0; lane < W; ++lane)
         block[lane] = rows[lane] >= 0 ? Vec<T>::load(w + rows[lane] * K + k, K - k) : Vec<T>(T(0));
+      if (mean) {
+        const Vec<T> most = Vec<T>::load(mean + k, K - k), rest = Vec<T>::load(mean + K + k, K - k);
+        for (Index lane = 0; lane < W; ++lane)
+          if (rows[lane] >= 0) block[lane] = (block[lane] - most) - rest;
+      }
       transpose(block);
       GATEWISE_UNROLL
       for (Index i = 0; i < W; ++i)
         if (k + i < K) block[i].store(out + ((k + i) * registers + v) * W);
     }
   });
+}
+
+// Each column's mean, in two parts: the second is the mean of what differs from the first
+template <class T> void column_means(const T* w, Index rows, Index K, T* mean) {
+  for (Index k = 0; k < K; k += Vec<T>::width)
+    for (int part = 0; part < 2; ++part) {
+      const Vec<T> most = part ? Vec<T>::load(mean + k, K - k) : Vec<T>(T(0));
+      Vec<T> sum(T(0));
+      for (Index row = 0; row < rows; ++row) sum = sum + (Vec<T>::load(w + row * K + k, K - k) - most);
+      (sum / Vec<T>(T(rows))).store(mean + part * K + k, K - k);
+    }
 }
 
 // The inverse, added: w[row in that lane][k] += packed[...]
