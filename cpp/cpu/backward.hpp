@@ -62,7 +62,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   Side<product_gates> h;
   Side<1> stage;        // the last gate's part of w_hh, or the projection
   T* bias_sums;         // [P], each like a row of dgates
-  T* unit_sums;         // [P][N][U][W]
+  int unit_shift;       // 1 << unit_shift sequences share the sums of
+  Index unit_blocks;    // of sequences
+  T* unit_sums;         // [P][unit_blocks][U][W]
   Gradients<T> dgates[2];  // of this chunk and of the one after it, whose first step is still needed
   Gradients<T> dh_of;   // [R units], D = 1: of the chunk's h, where a projection makes it
   T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
@@ -81,7 +83,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         stage(arena, this->chunk_capacity, stage_columns(), projects ? d.R : d.H, projects ? 0 : G - 1, Facts::h_gate,
               projects ? problem.weights.w_hr : past_h(problem.weights.w_hh),
               projects ? call.dw_hr : stage_columns() ? past_h(call.dw_hh) : nullptr, true),
-        bias_sums(arena.take<T>(P * D * W)), unit_sums(arena.take<T>(P * d.N * U * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
+        bias_sums(arena.take<T>(P * D * W)), unit_shift(0), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
         again(*this, arena, recomputes(call)) {
     const Index capacity = this->chunk_capacity;
     dgates[0] = {arena.take<T>(P * capacity * D * W), D, d.H, capacity};
@@ -91,6 +93,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     restart_h = restarts ? arena.take<T>(P * d.N * W) : nullptr;
     restart_c = restarts && Cell::has_c ? arena.take<T>(P * d.N * W) : nullptr;
     d_middle = Cell::middle == Middle::norm ? arena.take<T>(d.N * d.H) : nullptr;
+    while (U && d.N >> unit_shift >= 32) ++unit_shift;
+    unit_blocks = ceil_div(d.N, Index(1) << unit_shift);
+    unit_sums = arena.take<T>(P * unit_blocks * U * W);
     norm_sums = arena.take<T>(Cell::normed ? d.N * 4 * W : 0);
 
     saved = {const_cast<T*>(call.saved), rows.count, 0};
@@ -319,9 +324,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     });
   }
 
-  // The gradients of the units' weights are summed sequence by sequence, so that no thread adds to another's sums.
+  // The gradients of the units' weights are summed by blocks of sequences, which no two threads share, whatever their
+  // number: few enough to stay in cache, enough of them for sixteen threads.
   GATEWISE_FN void add_unit(Index p, Index i, const V (&dw)[U ? U : 1], int begin, int end) {
-    T* sum = unit_sums + (p * d.N + i) * U * W;
+    T* sum = unit_sums + (p * unit_blocks + (i >> unit_shift)) * U * W;
     GATEWISE_UNROLL
     for (int u = begin; u < end; ++u) add_to(sum + u * W, dw[u]);
   }
@@ -459,7 +465,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       for (int g = 0; g < G; ++g) add(call.db_ih, g, Facts::x_slot(g)), add(call.db_hh, g, Facts::h_slot(g));
       for (int u = 0; u < U && call.dw_unit; ++u) {
         V sum(0);
-        for (Index i = 0; i < d.N; ++i) sum = sum + V::load(unit_sums + ((p * d.N + i) * U + u) * W);
+        for (Index i = 0; i < unit_blocks; ++i) sum = sum + V::load(unit_sums + ((p * unit_blocks + i) * U + u) * W);
         T* to = call.dw_unit + u * d.H + p * W;
         (V::load(to, n) + sum).store(to, n);
       }
@@ -478,7 +484,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       if (side.sums) zero(side.sums + sums.begin, sums.size());
     });
     if (call.dx) zero_padding(problem, call.dx, d.I, sequences);
-    zero(unit_sums + panels.begin * d.N * U * W, panels.size() * d.N * U * W);
+    zero(unit_sums + panels.begin * unit_blocks * U * W, panels.size() * unit_blocks * U * W);
     zero(bias_sums + panels.begin * D * W, panels.size() * D * W);
     this->gather(call.dhn, d.R, carry_h, d.N, sequences);
     if (Cell::has_c) this->gather(call.dcn, d.H, carry_c, d.N, sequences);
@@ -527,7 +533,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const Range sequences = share(d.N, id, team.size);
     const Range h_columns = share(column_groups<T>(d.R), id, team.size);
     const bool by_panels = how.sharing == Sharing::panels;
-    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
+    const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size, Index(1) << unit_shift);
     const Range own_columns = by_panels ? h_columns : Range{0, column_groups<T>(d.R)};
     const Range own_groups = by_panels ? share(this->groups, id, team.size) : Range{0, this->groups};
     const Index every = problem.save == Save::checkpoints ? problem.checkpoint : 0;

@@ -171,6 +171,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.x_at[row + r];
         Tile<T> tile;
         this->meter.start();
+        if (Cell::normed && keeps_gates())
+          for (Index r = 0; r < height; ++r) prefetch(gx_at(q * Facts::group, row + r, chunk), G * W);
         kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
         this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)

@@ -88,18 +88,19 @@ struct Rows {
   }
 };
 
-// The sorted positions that thread `id` owns when rows are split: contiguous, about equal in live steps.
-template <class T> Range own_positions(const Problem<T>& p, const Rows& rows, int id, int parts) {
+// The sorted positions that thread `id` owns when rows are split: contiguous, about equal in live steps. Blocks of
+// positions are never split.
+template <class T> Range own_positions(const Problem<T>& p, const Rows& rows, int id, int parts, Index block = 1) {
   Range own{p.dims.N, p.dims.N};
   Index before = 0;
-  for (Index i = 0; i < p.dims.N; ++i) {
+  for (Index i = 0; i < p.dims.N; i += block) {
     const Index part = rows.count ? before * parts / rows.count : 0;
     if (part >= id && own.begin == p.dims.N) own.begin = i;
     if (part > id) {
       own.end = i;
       break;
     }
-    before += length_of(p, rows.order[i]);
+    for (Index k = i; k < least(i + block, p.dims.N); ++k) before += length_of(p, rows.order[k]);
   }
   if (own.begin > own.end) own.begin = own.end;
   return own;
