@@ -230,13 +230,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units: lanes
   template <class Lanes>
-  GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, Lanes lanes, bool options, Index place) {
-    T* carry = carry_h + (p * d.N + i) * W;
+  GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, const T* carry, const T* dy, Lanes lanes,
+                         bool options) {
     V dh = V::load(product);
     if (options && problem.h_mask) dh = dh * V::load(this->mask_of(i) + p * W, lanes);
     dh = dh + V::load(carry);
     if (options && cut(s, i)) dh = send(dh, restart_h, p, i);
-    if (call.dy) dh = dh + V::load(call.dy + place * d.R + p * W, lanes);
+    if (dy) dh = dh + V::load(dy, lanes);
     return dh;
   }
   // Whether the state after step s ends there, because the next step starts anew
@@ -260,12 +260,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const T* c_prev = states.numbers + (p * states.stride + this->state_row(states, s - 1) + i) * W;
     T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates.row(p, row - chunk);
-    const Index* place = rows.place + row;
+    const Index *place = rows.place + row, R = d.R;
+    const T *const dy = call.dy ? call.dy + unit : nullptr, *const y = call.y;
     this->epilogue(d.H - unit, [&](auto units, auto options) {
       const bool zones = options && this->zones(), in_stage = Facts::staged || (options && projects);
       const Unit<V, U> own = unit_of(p, options);
       for (Index r = 0; r < height; ++r, out += D * W) {
-        const T* h_prev = this->previous_h(call.y, s, i + r, options);
+        const T* h_prev = this->previous_h(y, s, i + r, options);
         V to_save[S], dgx[G], dgh[G], dw[U ? U : 1];
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + (r * S + k) * W);
@@ -276,7 +277,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         }
         State<V> prev{h_prev && !(options && projects) ? V::load(h_prev + unit, units) : V(0), V(0)};
         State<V> grad{in_stage ? V::load(dh + r * stride, units)
-                               : total_dh(s, i + r, p, dh + r * stride, units, options, place[r]),
+                               : total_dh(s, i + r, p, dh + r * stride, h_carry + r * W, dy ? dy + place[r] * R : nullptr, units,
+                                          options),
                       V(0)};
         if constexpr (Cell::middle == Middle::norm) grad.h = of_c[r].apply(grad.h, to_save[Cell::output_saved]);
         State<V> bypass{V(0), V(0)};
@@ -335,12 +337,13 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   // Back through what makes h of what came back from the stage, or of the projection
   GATEWISE_FN void finish_output(Index s, const Gradients<T>& gates, Index chunk, Index i, Index height, Index p,
                                  const T* dh, Index stride) {
-    const Index row = rows.offset[s] + i, unit = p * W;
-    const Index* place = rows.place + row;
+    const Index row = rows.offset[s] + i, unit = p * W, *place = rows.place + row, R = d.R;
+    const T *const dy = call.dy ? call.dy + unit : nullptr, *const carry = carry_h + (p * d.N + i) * W;
     this->epilogue(d.R - unit, [&](auto lanes, auto options) {
       const Unit<V, U> own = unit_of(p, options);
       for (Index r = 0; r < height; ++r) {
-        V total = total_dh(s, i + r, p, dh + r * stride, lanes, options, place[r]), bypass(0);
+        V total = total_dh(s, i + r, p, dh + r * stride, carry + r * W, dy ? dy + place[r] * R : nullptr, lanes, options);
+        V bypass(0);
         if (options && this->zones()) {
           const V keep = this->zoneout(s, i + r, p).h;
           bypass = keep * total, total = (V(1) - keep) * total;

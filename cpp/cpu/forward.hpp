@@ -247,8 +247,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         }
         Tile<T> tile;
         this->meter.start();
-        for (Index b = 0; b < panels && keeps_gates(); ++b)
-          prefetch(saved_at(q * per_group + b, saved_row(s, i)), height * S * W);
+        if (keeps_gates())
+          for (Index b = 0, row = saved_row(s, i); b < panels; ++b)
+            prefetch(saved_at(q * per_group + b, row), height * S * W);
         if (any) kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
         else zero(tile.numbers, height * registers * W);
         this->meter.stop(&Ticks::products);
@@ -352,6 +353,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     T* c_next = states.numbers + (p * states.stride + state_row(s) + i) * W;
     T* kept = saved_at(p, saved_row(s, i));
     const Index* place = rows.place + row;
+    // Here and below: what is not read from the pass again after every store, which the compiler must think may change it
+    T *const y = call.y + unit, *const numbers = saved.numbers;
+    const Index H = d.H;
     const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
     this->epilogue(d.H - unit, [&](auto units, auto options) {
       const bool zones = options && this->zones(), to_stage = Facts::staged || (options && projects);
@@ -382,9 +386,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           if (!to_stage) next.h = fma(keep.h, prev.h, (V(1) - keep.h) * next.h);
           if (Cell::has_c) next.c = fma(keep.c, prev.c, (V(1) - keep.c) * next.c);
         }
-        if (!to_stage && !(options && again)) next.h.store(call.y + place[r] * d.H + unit, units);
+        if (!to_stage && !(options && again)) next.h.store(y + place[r] * H, units);
         if (Cell::has_c && (!options || writes_states)) next.c.store(c_next + r * W);
-        if (!saved.numbers) continue;
+        if (!numbers) continue;
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k)
           if (k != Cell::output_saved && !is_product(k)) to_save[k].store(kept + (r * S + k) * W);

@@ -148,7 +148,7 @@ template <class Cell, class T> struct Pass {
   // An epilogue, f(lanes, whether it has to look at options), compiled twice: for full registers in a plain pass,
   // where both are constants, and for everything else.
   template <class F> GATEWISE_FN void epilogue(Index lanes, F f) const {
-    if (plain && lanes >= W) f(std::integral_constant<Index, W>(), std::false_type());
+    if (__builtin_expect(plain && lanes >= W, 1)) f(std::integral_constant<Index, W>(), std::false_type());
     else f(least(lanes, W), std::true_type());
   }
 
@@ -180,7 +180,7 @@ template <class Cell, class T> struct Pass {
 
   // Zoneout, as the weight of the previous state in each lane of panel p: 1 or 0, or its probability
   GATEWISE_FN bool zones() const { return problem.zoneout.h > 0 || problem.zoneout.c > 0; }
-  GATEWISE_FN State<V> zoneout(Index s, Index i, Index p) const {
+  __attribute__((noinline)) State<V> zoneout(Index s, Index i, Index p) const {
     const Zoneout& z = problem.zoneout;
     if (!z.drawn) return {V(T(z.h)), V(T(z.c))};
     const Index n = rows.order[i];
