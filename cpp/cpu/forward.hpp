@@ -131,9 +131,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     if (!call.packed) weights.prepare(problem.weights);
   }
   Index state_row(Index s) const { return Base::state_row(states, s); }
-  bool keeps_gates() const { return saved.first >= 0 && saved.numbers; }
+  bool keeps_gates() const { return saved.numbers && !(Facts::staged && saved.first < 0); }
   GATEWISE_FN Index saved_row(Index s, Index i) const {
-    return saved.first < 0 ? i : rows.offset[s] + i - saved.first;
+    return Facts::staged && saved.first < 0 ? i : rows.offset[s] + i - saved.first;
   }
   GATEWISE_FN T* saved_at(Index p, Index row) const { return saved.numbers + (p * saved.stride + row) * S * W; }
   // A normed cell's products, `pitch` from row to row
@@ -233,9 +233,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       const T* w_hh = weights.w_hh + q * per_group * product_gates * W * d.R;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
-        const T *h[kMaxRows] = {}, *others[kMaxRows] = {}, *const* operand = h;
+        const T *h[kMaxRows] = {}, *others[kMaxRows], *const* operand = h;
         bool any = Cell::has_product;
-        if (this->plain) {
+        if (__builtin_expect(this->plain, 1)) {
           for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r, false);
           any = any && h[0];
         } else {
