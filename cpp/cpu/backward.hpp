@@ -352,6 +352,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           const T *kept = again.saved_at(p, row + r - saved.first), *h_prev = this->previous_h(call.y, s, i + r, options);
           V to_save[S], dgx[G] = {}, dw[U ? U : 1] = {};
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
+          if constexpr (Cell::middle == Middle::norm) {
+            const T* ahead = again.saved_at(p, (s > 0 ? rows.offset[s - 1] + i : row) + r - saved.first);
+            __builtin_prefetch(ahead + (G - 1) * W), __builtin_prefetch(ahead + Cell::output_saved * W);
+          }
           const State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)};
           const Staged<V> d_stage = Cell::d_output(to_save, own, prev, total, dgx, dw);
           bypass = bypass + d_stage.prev_h;

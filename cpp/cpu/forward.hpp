@@ -222,7 +222,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // One step of sorted positions [begin, end), for the given groups of panels
   void step(Index s, Index chunk, Range positions, Range groups) {
     if (!call.saved && call.states && problem.save == Save::checkpoints) keep_checkpoint(s, positions, groups);
-    if (Cell::normed) zero(row_sums + positions.begin * W, positions.size() * W);
+    if (Cell::normed && positions.size() > 0) zero(row_sums + positions.begin * W, positions.size() * W);
     constexpr int per_group = Panels<product_gates>::per_group;
     if (per_group != Facts::group) groups = {0, ceil_div(P, per_group)};  // the gates of a staged cell: never shared
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
