@@ -257,6 +257,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
                           Index stride, const FromStandard* of_c = nullptr) {
     const Index row = rows.offset[s] + i, unit = p * W;
     const T* kept = again.saved_at(p, row - saved.first);
+    // A normed cell's row is long: the step that comes next is asked for while this one is computed.
+    const T* ahead = again.saved_at(p, (s > 0 ? rows.offset[s - 1] + i : row) - saved.first);
     const T* c_prev = states.numbers + (p * states.stride + this->state_row(states, s - 1) + i) * W;
     T *h_carry = carry_h + (p * d.N + i) * W, *c_carry = carry_c + (p * d.N + i) * W;
     T* out = gates.row(p, row - chunk);
@@ -271,6 +273,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         GATEWISE_UNROLL
         for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + (r * S + k) * W);
         if constexpr (Cell::normed) {
+          GATEWISE_UNROLL
+          for (int k = 0; k < S; ++k) __builtin_prefetch(ahead + (r * S + k) * W);
           const V of_x(*again.scale_at(0, row - saved.first + r)), of_h(*again.scale_at(1, row - saved.first + r));
           GATEWISE_UNROLL
           for (int g = 0; g < G; ++g) to_save[G + g] = to_save[G + g] * of_x, to_save[2 * G + g] = to_save[2 * G + g] * of_h;
@@ -352,10 +356,6 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           const T *kept = again.saved_at(p, row + r - saved.first), *h_prev = this->previous_h(call.y, s, i + r, options);
           V to_save[S], dgx[G] = {}, dw[U ? U : 1] = {};
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
-          if constexpr (Cell::middle == Middle::norm) {
-            const T* ahead = again.saved_at(p, (s > 0 ? rows.offset[s - 1] + i : row) + r - saved.first);
-            __builtin_prefetch(ahead + (G - 1) * W), __builtin_prefetch(ahead + Cell::output_saved * W);
-          }
           const State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)};
           const Staged<V> d_stage = Cell::d_output(to_save, own, prev, total, dgx, dw);
           bypass = bypass + d_stage.prev_h;
