@@ -133,13 +133,15 @@ template <int Gates> struct Panels {
 template <class T, int Gates, class Gate, class F> void for_each_register(Index H, Gate gate, Index group, F f) {
   constexpr Index W = Vec<T>::width;
   const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
+  int gates[Gates];
+  for (int slot = 0; slot < Gates; ++slot) gates[slot] = gate(slot);
   for (Index b = 0; b < panels; ++b) {
     const Index unit = (first + b) * W, units = least(W, H - unit);
     for (Index v = 0; v * W < Gates * units; ++v) {
       Index rows[W];
       for (Index lane = 0; lane < W; ++lane) {
         const int slot = int((v * W + lane) / units);
-        rows[lane] = slot < Gates ? gate(slot) * H + unit + (v * W + lane) % units : -1;
+        rows[lane] = slot < Gates ? gates[slot] * H + unit + (v * W + lane) % units : -1;
       }
       f(b * Gates + v, rows);
     }
