@@ -150,22 +150,10 @@ class Layer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and constructor arguments to a safetensors file, which torch's users can read as it
-        is.
-
-        The file appears whole or not at all: it is written beside its place and moved there.
+        is. The file appears whole or not at all.
         """
         save, _ = _safetensors()
-        content = save(self._parameters, {"gatewise": json.dumps(self._arguments())})
-        path = os.fspath(path)
-        beside = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-            os.replace(beside, path)
-        except BaseException:
-            if os.path.exists(beside):
-                os.remove(beside)
-            raise
+        write_whole(path, save(self._parameters, {"gatewise": json.dumps(self._arguments())}))
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str], **options: Any) -> Self:
@@ -512,6 +500,20 @@ def _stack(states: list[Array]) -> Array:
 
 def _pick(states: Array | None, k: int) -> Array | None:
     return None if states is None else states[k]
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """A file that appears whole or not at all: written beside its place and moved there."""
+    path = os.fspath(path)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.exists(beside):
+            os.remove(beside)
+        raise
 
 
 def _safetensors() -> tuple[Any, Any]:
