@@ -53,6 +53,7 @@ def test_what_is_missing_is_named_with_the_extra_that_installs_it() -> None:
         ("gw.SequenceClassifier", "train"),
         ("gw.LSTM(2, 3).save('never-written')", "io"),
         ("gw.sepsis.demo(report=None)", "demo"),
+        ("gw.onnx", "onnx"),
         ("from gatewise import reference", "reference"),
     ):
         code = f"{ONLY_NUMPY}\nimport gatewise as gw\ntry:\n    {use}\nexcept ImportError as error:\n    print(error)"

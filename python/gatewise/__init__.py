@@ -28,6 +28,7 @@ from .functional import (
 
 if TYPE_CHECKING:
     from . import check as check
+    from . import onnx as onnx
     from .estimators import SequenceClassifier as SequenceClassifier
     from .estimators import SequenceRegressor as SequenceRegressor
     from .layers import GRU as GRU
@@ -44,6 +45,7 @@ _LAZY = {
     "SequenceClassifier": "estimators",
     "SequenceRegressor": "estimators",
     "check": "check",
+    "onnx": "onnx",
     "sepsis": "sepsis",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "lstm",
     "lstm_backward",
     "lstm_forward",
+    "onnx",
     "rnn",
     "rnn_backward",
     "rnn_forward",
