@@ -1,8 +1,9 @@
 """Recurrent layers (RNN, LSTM, GRU) whose forward and backward passes are hand-written SIMD kernels.
 
-Three levels, each a few lines over the one below: functions on arrays (`lstm`, `lstm_forward`, `lstm_backward`, and
-the same for `gru` and `rnn`), layers that hold weights under PyTorch's names (`LSTM`, `GRU`, `RNN`), and estimators
-with scikit-learn's interface (`SequenceClassifier`, `SequenceRegressor`).
+Three levels, each a few lines over the one below: functions on arrays (`lstm`, `lstm_forward`, `lstm_backward`, the
+same for `gru` and `rnn`, and `forward`, `backward`, `double_backward` for any cell), layers that hold weights under
+PyTorch's names (`LSTM`, `GRU`, `RNN`), and estimators with scikit-learn's interface (`SequenceClassifier`,
+`SequenceRegressor`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from . import _core
 from .backends import backends
 from .functional import (
     Gradients,
+    Options,
+    SecondGradients,
     Tape,
+    backward,
+    double_backward,
+    forward,
     gru,
     gru_backward,
     gru_forward,
@@ -60,7 +66,12 @@ def __getattr__(name: str) -> Any:
 
 
 def cells() -> dict[str, dict[str, Any]]:
-    """The cells by name: G gates, S saved blocks, whether there is a cell state c, whether it is split (GRU)."""
+    """The cells by name, with their traits.
+
+    G: gates; S: blocks that the kernels save of a step; U: blocks of per-unit weights; has_c: there is a cell state c;
+    split: gx and gh have gradients of their own (GRU); product: h meets w_hh; normed: W_ih x and W_hh h are
+    standardised; middle: what a step does between the cell's two phases ("none", "product", "norm").
+    """
     return {name: dict(traits) for name, traits in _core.cells.items()}
 
 
@@ -69,13 +80,18 @@ __all__ = [
     "LSTM",
     "RNN",
     "Gradients",
+    "Options",
+    "SecondGradients",
     "SequenceClassifier",
     "SequenceRegressor",
     "Tape",
     "__version__",
     "backends",
+    "backward",
     "cells",
     "check",
+    "double_backward",
+    "forward",
     "gru",
     "gru_backward",
     "gru_forward",

@@ -156,8 +156,8 @@ class Tape:
         """Bytes kept for the backward pass beyond the inputs and y. Of 16-bit arrays, all that was widened counts."""
         kept = [self._saved, self._states]
         if self._wide is not None and self._training:
-            wide, own = self._wide, {id(a) for a in _arrays(self._inputs)}
-            kept += [wide.y, *(a for a in _arrays(wide._inputs) if id(a) not in own)]
+            mine = {id(array) for array in _arrays(self._inputs)}
+            kept += [self._wide.y, *(array for array in _arrays(self._wide._inputs) if id(array) not in mine)]
         return sum(a.nbytes for a in kept if a is not None)
 
     @property
@@ -217,9 +217,9 @@ class Tape:
 
 
 def _arrays(values: Iterable[Any]) -> list[Array]:
-    """The arrays among the inputs of a tape, whose last entry holds the further ones."""
-    *own, extras = values
-    return [a for a in (*own, *(extras or ())) if isinstance(a, np.ndarray)]
+    """The float32 arrays among the inputs of a tape, whose last entry holds the further ones."""
+    *placed, extras = values
+    return [a for a in (*placed, *(extras or ())) if isinstance(a, np.ndarray) and a.dtype == np.float32]
 
 
 def forward(
