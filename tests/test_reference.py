@@ -558,6 +558,14 @@ def test_random_bits_are_their_definition(seed: int) -> None:
     assert np.array_equal(np.array(got, np.uint32), numpy_bits(seed, 4, 3, 5))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 1 / 3, 0.5, 1 - 2.0**-31])
+def test_a_probability_is_cut_exactly(p: float) -> None:
+    """A share floor(p 2^31) / 2^31 of all bits, the lowest of which does not count."""
+    limit = int(np.floor(p * 2.0**31))
+    assert not reference.happens(np.uint64(2 * limit), p)
+    assert limit == 0 or reference.happens(np.uint64(2 * limit - 1), p)
+
+
 def test_random_bits_look_random() -> None:
     """Shares, bits and correlations as those of coins: the seeds are fixed, so 5 standard deviations mean a fault."""
     shape = (64, 32, 96)
