@@ -12,9 +12,12 @@ import numpy as np
 
 import gatewise as gw
 from gatewise.peers import TORCH, ours
-from gatewise.problems import DTYPES, GATES, OPTIONS, Inputs, Problem, draw, run, tape_of
+from gatewise.problems import CELLS, DTYPES, GATES, OPTIONS, Inputs, Problem, draw, fits, kept_of, options_of, run, tape_of
 
-__all__ = ["DTYPES", "GATES", "OPTIONS", "Inputs", "Problem", "biting", "check", "draw", "run", "tape_of", "truth"]
+__all__ = [
+    *("CELLS", "DTYPES", "GATES", "OPTIONS", "Inputs", "Problem", "biting", "check", "draw", "fits", "kept_of"),
+    *("options_of", "run", "tape_of", "truth"),
+]
 
 
 @cache
@@ -41,18 +44,20 @@ def run_torch(problem: Problem, inputs: Inputs) -> dict[str, np.ndarray]:
     """The results of PyTorch's own layer in the inputs' dtype, of the same names as those of `run`."""
     import torch
 
-    (T, N, I), H = inputs.x.shape, problem.H
+    (T, N, I), H, R = inputs.x.shape, problem.H, problem.R
     lengths = np.full(N, T) if inputs.lengths is None else inputs.lengths
     some = np.flatnonzero(lengths)  # PyTorch packs no sequence of length 0
     kind, extra = TORCH[problem.cell]
     has_c = kind == "LSTM"
-    dtype = torch.from_numpy(inputs.x).dtype
+    dtype = getattr(torch, inputs.x.dtype.name)
+    if R != H:
+        extra = {**extra, "proj_size": R}
     layer = getattr(torch.nn, kind)(I, H, bias=inputs.b_ih is not None, dtype=dtype, **extra)
     for name, parameter in layer.named_parameters():
         parameter.data = torch.from_numpy(getattr(inputs, ours(name)))
 
-    def leaf(array: np.ndarray | None) -> torch.Tensor:
-        array = np.zeros((N, H), inputs.x.dtype) if array is None else array
+    def leaf(array: np.ndarray | None, size: int = H) -> torch.Tensor:
+        array = np.zeros((N, size), inputs.x.dtype) if array is None else array
         return torch.from_numpy(array.copy()).requires_grad_()
 
     def walk(a: torch.Tensor) -> torch.Tensor:
@@ -62,11 +67,11 @@ def run_torch(problem: Problem, inputs: Inputs) -> dict[str, np.ndarray]:
         t = np.arange(T)[:, None]
         return a[np.where(t < lengths, lengths - 1 - t, t), np.arange(N)]
 
-    x, h0, c0 = leaf(inputs.x), leaf(inputs.h0), leaf(inputs.c0)
+    x, h0, c0 = leaf(inputs.x), leaf(inputs.h0, R), leaf(inputs.c0)
     packed = torch.nn.utils.rnn.pack_padded_sequence(walk(x)[:, some], lengths[some], enforce_sorted=False)
     state = (h0[None, some], c0[None, some]) if has_c else h0[None, some]
     out, state = layer(packed, state)
-    y, hn, cn = torch.zeros(T, N, H, dtype=x.dtype), h0.clone(), c0.clone()
+    y, hn, cn = torch.zeros(T, N, R, dtype=x.dtype), h0.clone(), c0.clone()
     y[:, some] = torch.nn.utils.rnn.pad_packed_sequence(out, total_length=T)[0]
     hn[some] = state[0][0] if has_c else state[0]
     cn[some] = state[1][0] if has_c else c0[some]
@@ -89,9 +94,13 @@ def torch_errors(problem: Problem) -> dict[str, float]:
     return {name: distance(results[name], exact) for name, exact in truth(problem).items() if name in results}
 
 
+BEYOND_TORCH = {"reset", "reset0", "mask", "zoneout", "expected", "clip"}
+
+
 def torch_runs(problem: Problem) -> bool:
-    """PyTorch has the cell; it takes neither an empty batch nor a batch of nothing but empty sequences."""
-    return problem.cell in TORCH and problem.T * problem.N > 0 and "empty" not in problem.options
+    """PyTorch has the cell and its options; it takes neither an empty batch nor one of nothing but empty sequences."""
+    own = BEYOND_TORCH | {"empty", "batch", "packed"}
+    return problem.cell in TORCH and problem.T * problem.N > 0 and not problem.options & own
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -120,7 +129,7 @@ def check(problem: Problem, results: dict[str, np.ndarray]) -> None:
         scale = max(size for other, size in sizes.items() if other.startswith("d") == name.startswith("d"))
         err = distance(value, exact[name])
         floor = FLOOR * limits.eps
-        if problem.cell not in TORCH:
+        if problem.cell not in TORCH or problem.options & BEYOND_TORCH:
             floor = gw.check.bound(problem.cell, limits.dtype.name, shape, name)
         bound = 2 * errors.get(name, errors.get("y", 0.0)) + floor * scale + limits.tiny
         if not (err <= bound):
@@ -158,9 +167,24 @@ BITING = [
         )
     ),
     *(f"T6,N4,I5,H11:dtype:{options}" for options in ("saturated,h0", "zeros,h0", "zeros,nobias", "infer,h0,lengths")),
+    *(
+        f"{shape}:dtype:{options}"
+        for shape in ("T8,N5,I6,H19", "T17,N12,I3,H40")
+        for options in (
+            *("reset,h0", "reset0,h0,reverse,lengths", "mask,h0", "zoneout,h0", "expected,lengths", "clip,h0", "project,h0"),
+            *("batch,h0,lengths", "packed,h0", "packed,reverse,reset", "strided,nobias", "strided,batch,reverse"),
+            *("states,h0,lengths", "checkpoints,h0,lengths", "checkpoints,reset,reverse", "project,states,mask,reset0,h0"),
+            *("zoneout,mask,reset,states,h0", "zoneout,project,checkpoints,packed,clip,h0", "infer,project,zoneout,reset"),
+        )
+    ),
 ]
 
 
 def biting(cell: str, dtype: str) -> list[Problem]:
-    """The problems every backend must get right, for one cell and dtype."""
-    return [Problem.parse(f"{cell}:{text.replace('dtype', dtype)}") for text in BITING]
+    """The problems every backend must get right, for one cell and dtype; an option that the cell lacks is left out."""
+    problems = []
+    for text in BITING:
+        shape, _, options = text.split(":")
+        own = [option for option in options.split(",") if fits(cell, [option])]
+        problems.append(Problem.parse(f"{cell}:{shape}:{dtype}:{','.join(own) or 'train'}"))
+    return list(dict.fromkeys(problems))

@@ -314,8 +314,8 @@ OPTIONS = (
     Option("threads, order", ((6, 37, 10, 40),), state=True, ends=True, lengths=True, same_bits=True),
 )
 # Weight gradients are sums over all steps and sequences of terms alike in size. Where one of few elements
-# happens to cancel, its own size says nothing of its error: the four share the scale of the largest.
-SUMS = ("dw_ih", "dw_hh", "db_ih", "db_hh")
+# happens to cancel, its own size says nothing of its error: all of them share the scale of the largest.
+SUMS = ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr")
 QUICK = ("plain", "lengths, reverse", "saturated", "odd sizes", "threads, order")
 
 
@@ -349,18 +349,27 @@ class Row:
         return self.LINE.format(self.cell, self.backend, self.dtype, self.option, *errors, _verdict(self.problem))
 
 
+NORMED = 8.0  # deviations of 1/8 and more: those of c are the smallest
+
+
 def bound(cell: str, dtype: str, sizes: tuple[int, int, int, int], name: str) -> float:
     """The largest relative error accepted of the result `name` of a problem of sizes (T, N, I, H).
 
     In units of eps, one step loses about 8 in the gates (three functions within 2 ULP, and the products that
     join them) and sqrt(I + H) in a pre-activation: the random walk of that many rounded products. The states
     of these problems forget, so what earlier steps lost fades, and the bound does not grow with T. A gradient
-    loses the same again on its way back, where a product has G·H terms. Observed: 5 to 31 % of the bound.
+    loses the same again on its way back, where a product has G·H terms; that of a weight is the sum over T·N steps,
+    in pieces of at most some 1024. A normed cell divides by deviations, which are
+    below 1 and for few units can be far below. Observed: 5 to 31 % of the bound.
     """
-    _, _, I, H = sizes
+    T, N, I, H = sizes
     loss = 8.0 + sqrt(I + H)
     if name in functional.Gradients._fields:
         loss += 8.0 + sqrt(_core.cells[cell]["G"] * H)
+    if name in SUMS:
+        loss += sqrt(min(T * N, 1024))
+    if _core.cells[cell]["normed"]:
+        loss *= NORMED
     return loss * float(np.finfo(dtype).eps)
 
 

@@ -189,13 +189,14 @@ class Tape:
         return np.array(states)
 
     def _unpack(self, buffer: Array, blocks: int, skip: int) -> Array:
-        """[panel][skip + packed row][block][lane], the kernels' layout (cpp/cpu/layer.hpp) -> [T, N, blocks, H]"""
+        """[panel][skip + packed row][block][lane], the kernels' layout (cpp/cpu/forward.hpp) -> [T, N, blocks, H]"""
         p = self._problem
         rows, leading = np.empty(p.rows, np.int64), self.y.shape[:-1]
         p.write_rows(rows)
         panels = -(-p.H // p.lanes)
         out = np.zeros((int(np.prod(leading)), blocks, panels * p.lanes), p.dtype)
-        packed = buffer.reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
+        size = panels * (skip + p.rows) * blocks * p.lanes  # some cells keep more behind it
+        packed = buffer[:size].reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
         out[rows] = packed.transpose(1, 2, 0, 3).reshape(p.rows, blocks, panels * p.lanes)
         unpacked: Array = out.reshape(*leading, blocks, panels * p.lanes)[..., : p.H]
         return unpacked

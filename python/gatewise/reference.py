@@ -328,7 +328,7 @@ class LstmNorm(Cell):
         di = dc * g * i * (1.0 - i)
         df = dc * prev.c * f * (1.0 - f)
         dg = dc * i * (1.0 - g * g)
-        no = 0.0 * dc
+        no = 0.0 * gates[0]  # of the right type; a gate is never infinite
         dgx = (di * unit[0], df * unit[1], dg * unit[2], no)
         dgh = (di * unit[4], df * unit[5], dg * unit[6], no)
         dunit = (
@@ -349,7 +349,7 @@ class LstmNorm(Cell):
         o, tanh_c = gates[3], tanh(unit[12] * mid + unit[13])
         do = dh * tanh_c * o * (1.0 - o)
         da = dh * o * (1.0 - tanh_c * tanh_c)
-        no = 0.0 * dh
+        no = 0.0 * gates[0]  # of the right type; a gate is never infinite
         dgx, dgh = (no, no, no, do * unit[3]), (no, no, no, do * unit[7])
         dunit = (no, no, no, do * gx[3], no, no, no, do * gh[3], no, no, no, do, da * mid, da)
         return dgx, dgh, State(0.0, 0.0), dunit, da * unit[12]
@@ -709,9 +709,11 @@ def layer_forward(p: Inputs) -> Steps:
             else:
                 output_units(cell.output, gx, gh, p.w_unit, own, c, mid, gates, h_new)
 
-            k_h, k_c = p.zones(t, n)
-            h = k_h * h + (1.0 - k_h) * (h_new if p.w_hr is None else p.w_hr @ h_new)
-            c = k_c * c + (1.0 - k_c) * c_new
+            h_before, c_before = h, c
+            h, c = h_new.copy() if p.w_hr is None else p.w_hr @ h_new, c_new.copy()
+            if p.zoneout_h or p.zoneout_c:  # a state that is not kept must not matter, even if it is infinite
+                k_h, k_c = p.zones(t, n)
+                h, c = k_h * h_before + (1.0 - k_h) * h, k_c * c_before + (1.0 - k_c) * c
             out.y[t, n], out.c[t, n] = h, c
         out.hn[n], out.cn[n] = h, c
     return out
@@ -729,9 +731,12 @@ def layer_backward(p: Inputs, out: Steps, dy: Array, dhn: Array, dcn: Array) -> 
             own = h if p.w_hr is None else np.zeros_like(c)
 
             # From the gradient of what comes after the step to that of what comes before it
-            k_h, k_c = p.zones(t, n)
-            dh, dh_new = k_h * (dh + dy[t, n]), (1.0 - k_h) * (dh + dy[t, n])
-            dc, dc_new = k_c * dc, (1.0 - k_c) * dc
+            dh_new, dc_new = dh + dy[t, n], dc
+            dh, dc = np.zeros_like(dh), np.zeros_like(dc)
+            if p.zoneout_h or p.zoneout_c:
+                k_h, k_c = p.zones(t, n)
+                dh, dh_new = k_h * dh_new, (1.0 - k_h) * dh_new
+                dc, dc_new = k_c * dc_new, (1.0 - k_c) * dc_new
             if p.w_hr is not None:
                 d["w_hr"] += np.outer(dh_new, h_new)
                 dh_new = p.w_hr.T @ dh_new

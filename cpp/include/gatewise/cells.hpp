@@ -174,7 +174,7 @@ struct LstmCoupled : Plain {  // f = 1 - i: CIFG in Greff et al., LSTM: A Search
     dgx[0] = dc * (g - prev.c) * d_sigmoid(i);
     dgx[1] = dc * i * d_tanh(g);
     dgx[2] = d.h * tanh_c * d_sigmoid(o);
-    return {V(0), fma(-dc, i, dc)};
+    return {V(0), dc * (V(1) - i)};
   }
 };
 
