@@ -421,7 +421,8 @@ class GruResetBefore(Cell):
         z, n = gates[1], gates[2]
         dn = dh * (1.0 - z) * (1.0 - n * n)
         dz = dh * (prev.h - n) * z * (1.0 - z)
-        return (0.0 * dn, dz, dn), (0.0 * dn, dz, dn), State(dh * z, 0.0), NOTHING, 0.0 * dh
+        no = 0.0 * gates[0]  # of the right type; a gate is never infinite
+        return (no, dz, dn), (no, dz, dn), State(dh * z, 0.0), NOTHING, no
 
 
 class GruNorm(Cell):
