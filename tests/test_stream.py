@@ -31,24 +31,40 @@ def assert_same(a: Any, b: Any) -> None:
 
 def steps_of(layer: Layer, xs: np.ndarray, state: Any = None) -> tuple[list[np.ndarray], Any]:
     """The layer's own forward pass, a step a call."""
-    ys = []
+    ys, time = [], int(layer.batch_first)
     for x in xs:
-        y, state, _ = layer.forward(x[None], state, training=False)
-        ys.append(y[0])
+        y, state, _ = layer.forward(np.expand_dims(x, time), state, training=False)
+        ys.append(y.squeeze(time))
     return ys, state
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"bias": False}, {"num_layers": 3, "dropout": 0.5}, {"num_layers": 2, "dtype": np.float64}, {"num_threads": 3},
+# Options that not every cell has; what is random or of memory changes nothing here.
+SPECIAL = [
+    ("lstm", {"proj_size": 7}),
+    ("lstm", {"proj_size": 21, "num_layers": 3, "zoneout": (0.2, 0.4), "cell_clip": 0.1}),
+    ("lstm_peephole", {"cell_clip": 0.05, "num_layers": 2, "batch_first": True, "save": "states"}),
+    ("lstm_norm", {"zoneout": (0.0, 0.3), "num_layers": 2, "weight_dropout": 0.5}),
+    ("gru", {"zoneout": 0.3, "num_layers": 2, "recurrent_dropout": 0.5, "input_dropout": 0.5}),
+    ("gru_reset_before", {"zoneout": 0.3, "dtype": np.float64, "batch_first": True}),
+]
+
+
+@pytest.mark.parametrize("cell, options", [
+    *((cell, options) for cell in gw.cells() for options in (
+        {}, {"num_layers": 3, "dropout": 0.5}, {"num_layers": 2, "dtype": np.float64}, {"num_threads": 3},
+    )),
+    *((cell, {"bias": False}) for cell, traits in gw.cells().items() if not traits["normed"]),
+    *SPECIAL,
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("size", [(1, 1), (N, H), (7, 130), (2, 300)], ids=str)
-@pytest.mark.parametrize("cell", gw.cells())
 def test_steps_are_the_layers_own_to_the_bit(cell: str, size: tuple[int, int], options: Any, arch: str) -> None:
     batch, hidden = size
+    options = {**options, "proj_size": min(options.get("proj_size", 0), hidden)}
     layer = Layer(cell, I, hidden, random_state=0, **options)
     xs = numbers((T, batch, I), 1, layer.dtype)
     stream = layer.stream(batch)
-    start = tuple(numbers((layer.num_layers, batch, hidden), 2 + k, layer.dtype) for k in range(1 + layer.has_c))
+    sizes = (layer.output_size, hidden)[: 1 + layer.has_c]
+    start = tuple(numbers((layer.num_layers, batch, size), 2 + k, layer.dtype) for k, size in enumerate(sizes))
     for state in (None, start if layer.has_c else start[0], None):  # a stream may be used again and again
         stream.reset(state)
         ys, final = steps_of(layer, xs, state)
@@ -204,6 +220,8 @@ def test_layers_that_cannot_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     for batch_size in (0, -1, 2.0, "2", None):
         with pytest.raises(ValueError, match=f"^batch_size: expected an integer of 1 or more; got {batch_size!r}$"):
             gw.LSTM(I, H).stream(batch_size)
+    with pytest.raises(ValueError, match=r"^stream: expected a layer of float32 or float64; got float16$"):
+        gw.LSTM(I, H, dtype="float16").stream()
     with pytest.raises(ValueError, match=r"^num_threads: expected a whole number from 1 to 1024; got 0$"):
         gw.LSTM(I, H, num_threads=0).stream()
     pytest.importorskip("numba")

@@ -1,9 +1,9 @@
-"""Recurrent layers (RNN, LSTM, GRU) whose forward and backward passes are hand-written SIMD kernels.
+"""Recurrent layers (RNN, LSTM, GRU, IndRNN) whose forward and backward passes are hand-written SIMD kernels.
 
 Three levels, each a few lines over the one below: functions on arrays (`lstm`, `lstm_forward`, `lstm_backward`, the
 same for `gru` and `rnn`, and `forward`, `backward`, `double_backward` for any cell), layers that hold weights under
-PyTorch's names (`LSTM`, `GRU`, `RNN`), and estimators with scikit-learn's interface (`SequenceClassifier`,
-`SequenceRegressor`).
+PyTorch's names (`LSTM`, `GRU`, `RNN`, `IndRNN`; with their state from call to call, `Stateful`), and estimators with
+scikit-learn's interface (`SequenceClassifier`, `SequenceRegressor`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .layers import GRU as GRU
     from .layers import LSTM as LSTM
     from .layers import RNN as RNN
+    from .layers import IndRNN as IndRNN
+    from .layers import Stateful as Stateful
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,8 @@ _LAZY = {
     "RNN": "layers",
     "LSTM": "layers",
     "GRU": "layers",
+    "IndRNN": "layers",
+    "Stateful": "layers",
     "SequenceClassifier": "estimators",
     "SequenceRegressor": "estimators",
     "check": "check",
@@ -80,10 +84,12 @@ __all__ = [
     "LSTM",
     "RNN",
     "Gradients",
+    "IndRNN",
     "Options",
     "SecondGradients",
     "SequenceClassifier",
     "SequenceRegressor",
+    "Stateful",
     "Tape",
     "__version__",
     "backends",

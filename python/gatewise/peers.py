@@ -145,7 +145,8 @@ class Ours(Party):
         ticks = np.zeros(3, np.uint64)
         weights: dict[str, Any] = {name: getattr(inputs, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")}
         if self.layer:
-            weights = {**self.layer._weights(0, 0), "packed": self.layer._packed[0], "promise": self.layer._promise()}
+            kept = {"packed": self.layer._packed[0], "promise": self.layer._promise()}
+            weights = {**dict(zip(weights, self.layer._weights(0))), **kept}
         tape = functional._forward(
             problem.cell, inputs.x, **weights, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
             reverse="reverse" in problem.options, backend=self.backend, num_threads=self.threads,

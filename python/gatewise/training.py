@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .layers import Layer, dropout_mask
+from .layers import Layer, draw_seed, drop
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
@@ -285,14 +285,13 @@ class Network:
     def gradients(self, batch: Batch, targets: Array, weights: Array) -> tuple[float, dict[str, Array]]:
         """(sum of weight * loss over a batch's labelled outputs, gradients); targets, weights [M, K or 1]."""
         features, shape, tape = self._features(batch, training=True)
-        mask = None
+        seed = draw_seed(self.layer.random) if self.dropout else 0
         if self.dropout:
-            mask = dropout_mask(self.layer.random, features.shape, self.dropout, features.dtype)
-            features *= mask
+            features = drop(features[None], self.dropout, seed)[0]
         total, dz = self.loss(self.head.forward(features), targets, weights)
         dfeatures, dweight, dbias = self.head.backward(features, dz)
-        if mask is not None:
-            dfeatures *= mask
+        if self.dropout:
+            dfeatures = drop(dfeatures[None], self.dropout, seed)[0]
         dout = np.zeros((int(np.prod(shape[:-1])), shape[-1]), features.dtype)
         dout[batch.rows] = dfeatures
         start = time.perf_counter()
