@@ -197,12 +197,13 @@ def test_a_batch_holds_what_its_index_says(per_step):
     weights = np.ones(flat.shape)
     weights[1] = 0
     data = Sequences(x, lengths, per_step, np.dtype(np.float32), flat, weights)
-    batch = data.batch(np.array([2, 0, 1]))
+    batch = data.batch(np.array([0, 1, 2]))
     assert batch.x.dtype == np.float32
-    np.testing.assert_array_equal(batch.x[:, :, 0].T, [[20, 21, 22, 23], [0, 1, 2, 0], [10, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.x[:, 0], [20, 0, 10, 21, 1, 22, 2, 23])  # step by step, the longest first
+    np.testing.assert_array_equal(batch.batch_sizes, [3, 2, 2, 1])
     if per_step:
         np.testing.assert_array_equal(flat[batch.source, 0], [20, 21, 22, 23, 0, 2, 10])  # step 1 of 0 has weight 0
-        np.testing.assert_array_equal(batch.x.reshape(-1)[batch.rows], flat[batch.source, 0])
+        np.testing.assert_array_equal(batch.x[batch.rows, 0], flat[batch.source, 0])
     else:
         np.testing.assert_array_equal(batch.source, [2, 0])
         np.testing.assert_array_equal(batch.rows, [0, 1])
@@ -210,6 +211,55 @@ def test_a_batch_holds_what_its_index_says(per_step):
     np.testing.assert_array_equal(part.targets[:, 0], [30, 31, 0, 1, 2] if per_step else [3, 0])
     whole = Sequences(x, lengths, per_step, data.dtype)
     assert len(whole.batch(np.arange(4)).rows) == (10 if per_step else 4)
+
+
+@pytest.mark.parametrize("per_step", [True, False])
+def test_packed_batches_are_padded_ones_without_the_padding(per_step):
+    """To the bit, whichever sequences share a batch."""
+    network, data = problem("softmax", per_step, N=11, dtype="float32", layers=2, bidirectional=True)
+    x = np.zeros((6, len(data), 3), np.float32)
+    for n, sequence in enumerate(data.x):
+        x[: len(sequence), n] = sequence
+    y, (h, _), _ = network.layer.forward(x, lengths=data.lengths, training=False)
+    valid = np.arange(6) < data.lengths[:, None]
+    features = y.swapaxes(0, 1)[valid] if per_step else np.concatenate(h[-2:], axis=1)
+    for batch_size in (1, 4, 256):
+        np.testing.assert_array_equal(network.logits(data, batch_size), network.head.forward(features))
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [1, 3]], ids=["beside others", "alone"])
+def test_a_sequence_without_a_step_has_the_state_zero(kept):
+    """It teaches the head's bias, and nothing else."""
+    random = np.random.default_rng(0)
+    x = [random.standard_normal((length, 3)) for length in (2, 0, 5, 0, 1)]
+    lengths = np.array([len(sequence) for sequence in x])
+    targets, weights = random.standard_normal((5, 2)), np.ones((5, 2))
+    data = Sequences(x, lengths, False, np.dtype("float64"), targets, weights).subset(np.array(kept))
+    layer = Layer("gru", 3, 5, 2, bidirectional=True, dtype="float64", random_state=0)
+    network = Network(layer, Linear(10, 2, dtype="float64", random=random), squared_error, per_step=False)
+    z = network.logits(data)
+    for row, length in zip(z, data.lengths):
+        assert (length == 0) == np.array_equal(row, network.head.bias)
+    batch = data.batch(np.arange(len(data)))
+    _, gradients = network.gradients(batch, data.targets[batch.source], data.weights[batch.source])
+    np.testing.assert_allclose(gradients["head.bias"], 2 * (z - data.targets).sum(axis=0))
+    some = data.subset(np.flatnonzero(data.lengths))
+    if len(some):
+        batch = some.batch(np.arange(len(some)))
+        _, others = network.gradients(batch, some.targets[batch.source], some.weights[batch.source])
+    for name, gradient in gradients.items():
+        if name != "head.bias":
+            np.testing.assert_allclose(gradient, others[name] if len(some) else 0, rtol=1e-12, err_msg=name)
+
+
+def test_regularisers_and_a_projection_reach_the_layer_and_leave_prediction_alone():
+    network, data = problem("squared", dtype="float32", layers=2)
+    options = {"proj_size": 4, "dropout": 0.3, "input_dropout": 0.2, "recurrent_dropout": 0.2, "weight_dropout": 0.1}
+    network.layer = Layer("lstm", 3, 5, 2, **options, zoneout=(0.1, 0.2), variational=True, random_state=0)
+    network.head = Linear(4, 2, dtype="float32", random=np.random.default_rng(0))
+    history = train(network, data, max_epochs=60, learning_rate=0.02)
+    assert network.mean_loss(data) == network.mean_loss(data)  # nothing random in it
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
 
 
 LENGTHS = np.minimum(8 + np.random.default_rng(0).exponential(30, 5000).astype(np.int64), 336)

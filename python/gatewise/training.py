@@ -149,14 +149,15 @@ def clip(gradients: Mapping[str, Array], max_norm: float | None) -> float:
 
 
 class Batch(NamedTuple):
-    """Padded sequences and, of their outputs, those that count.
+    """N packed sequences, the longest first, and, of their outputs, those that count.
 
-    x [T, N, I] zero past the ends, lengths [N]; rows [M]: which of the T*N steps (per step, t*N+n) or of the
-    N sequences; source [M]: the same outputs in the order of the whole set.
+    x [sum of lengths, I] step by step, batch_sizes [T] how many sequences have a step t, as `Layer.forward` takes
+    them; rows [M]: which of the rows of x (per step) or of the sequences that have a step, the row after the last for
+    all that have none; source [M]: the same outputs in the order of the whole set.
     """
 
     x: Array
-    lengths: Index
+    batch_sizes: Index
     rows: Index
     source: Index
 
@@ -187,7 +188,7 @@ class Sequences:
 
     def subset(self, index: Index) -> Sequences:
         """The sequences of this index, in its order."""
-        source, _ = self._outputs_of(index)
+        source = self._outputs_of(index)
         return replace(
             self,
             x=[self.x[i] for i in index],
@@ -203,31 +204,38 @@ class Sequences:
         return self.subset(np.unique(outputs[(self.weights > 0).any(axis=1)]))
 
     def batch(self, index: Index) -> Batch:
-        """The sequences of this index side by side, and their outputs that count (without targets: all)."""
+        """The sequences of this index, packed, and their outputs that count (without targets: all)."""
+        index = index[np.argsort(-self.lengths[index], kind="stable")]
         lengths = self.lengths[index]
-        T, N = int(lengths.max(initial=0)), len(index)
-        x = np.zeros((T, N, self.x[index[0]].shape[1]), self.dtype)
-        for n, (i, length) in enumerate(zip(index.tolist(), lengths.tolist())):
-            x[:length, n] = self.x[i]
-        source, rows = self._outputs_of(index)
+        batch_sizes = np.searchsorted(-lengths, -np.arange(lengths[0]))  # how many are longer than t
+        starts = np.cumsum(batch_sizes) - batch_sizes
+        rows = starts[_steps(lengths)] + np.repeat(np.arange(len(index)), lengths)  # sequence by sequence
+        x = np.empty((len(rows), self.x[index[0]].shape[1]), self.dtype)
+        x[rows] = np.concatenate([self.x[i] for i in index], dtype=self.dtype, casting="unsafe")
+        source = self._outputs_of(index)
+        if not self.per_step:
+            rows = np.minimum(np.arange(len(index)), np.count_nonzero(lengths))
         if self.weights is not None:
             counts = (self.weights[source] > 0).any(axis=1)
             source, rows = source[counts], rows[counts]
-        return Batch(x, lengths, rows, source)
+        return Batch(x, batch_sizes, rows, source)
 
     @cached_property
     def _starts(self) -> Index:
         """[N] the first output of each sequence in the order of the whole set."""
         return np.cumsum(self.lengths) - self.lengths
 
-    def _outputs_of(self, index: Index) -> tuple[Index, Index]:
-        """(source, rows) of all outputs of these sequences, as in `Batch`."""
-        n = np.arange(len(index), dtype=np.int64)
+    def _outputs_of(self, index: Index) -> Index:
+        """The outputs of these sequences, in the order of the whole set."""
         if not self.per_step:
-            return index, n
+            return index
         lengths = self.lengths[index]
-        step = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(self._starts[index], lengths) + step, step * len(index) + np.repeat(n, lengths)
+        return np.repeat(self._starts[index], lengths) + _steps(lengths)
+
+
+def _steps(lengths: Index) -> Index:
+    """0, 1, ... up to each length, one sequence after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def batches(lengths: Index, batch_size: int, random: np.random.Generator, bucket: int = 1) -> list[Index]:
@@ -292,32 +300,33 @@ class Network:
         dfeatures, dweight, dbias = self.head.backward(features, dz)
         if self.dropout:
             dfeatures = drop(dfeatures[None], self.dropout, seed)[0]
-        dout = np.zeros((int(np.prod(shape[:-1])), shape[-1]), features.dtype)
+        dout = np.zeros(shape, features.dtype)
         dout[batch.rows] = dfeatures
         start = time.perf_counter()
         if self.per_step:
-            gradients = self.layer.backward(tape, dout.reshape(shape), wanted=self.layer.parameters)
+            gradients = self.layer.backward(tape, dout, wanted=self.layer.parameters)
         else:
-            gradients = self.layer.backward(tape, dstate=self._dstate(dout), wanted=self.layer.parameters)
+            gradients = self.layer.backward(tape, dstate=self._dstate(dout[:-1]), wanted=self.layer.parameters)
         self.kernel_seconds += time.perf_counter() - start
         return total, {**gradients, "head.weight": dweight, "head.bias": dbias}
 
     def _features(self, batch: Batch, training: bool) -> tuple[Array, tuple[int, ...], Any]:
-        """(features [M, F] as a copy, shape of the array they were taken from, tape)."""
+        """(features [M, F], shape of the array they were taken from, tape)."""
         start = time.perf_counter()
-        y, state, tape = self.layer.forward(batch.x, lengths=batch.lengths, training=training)
+        y, state, tape = self.layer.forward(batch.x, batch_sizes=batch.batch_sizes, training=training)
         self.kernel_seconds += time.perf_counter() - start
         if not self.per_step:
             h = state[0] if isinstance(state, tuple) else state
             assert h is not None
-            y = np.concatenate(h[-self.layer.directions :], axis=1)
-        return y.reshape(-1, y.shape[-1])[batch.rows], y.shape, tape
+            y = np.pad(np.concatenate(h[-self.layer.directions :], axis=1), ((0, 1), (0, 0)))
+        return y[batch.rows], y.shape, tape
 
     def _dstate(self, dout: Array) -> Any:
-        """[N, D*H] gradient of the top layer's final h -> gradient of the whole state, [L*D, N, H]."""
-        D, L, H = self.layer.directions, self.layer.num_layers, self.layer.hidden_size
-        dh = np.zeros((L * D, len(dout), H), dout.dtype)
-        dh[-D:] = dout.reshape(len(dout), D, H).swapaxes(0, 1)
+        """[N, D*R] gradient of the top layer's final h -> gradient of the whole state, [L*D, N, R]."""
+        D, L = self.layer.directions, self.layer.num_layers
+        dtop = dout.reshape(len(dout), D, dout.shape[1] // D).swapaxes(0, 1)
+        dh = np.zeros((L * D, *dtop.shape[1:]), dout.dtype)
+        dh[-D:] = dtop
         return (dh, None) if self.layer.has_c else dh
 
 
