@@ -307,10 +307,35 @@ def test_balanced_classes_have_equal_total_weight_and_a_dict_is_obeyed():
 
 # ---- fitting -----------------------------------------------------------------------------------------------
 
+RANDOM = {
+    "dropout": 0.3, "input_dropout": 0.1, "recurrent_dropout": 0.2, "weight_dropout": 0.1, "zoneout": (0.1, 0.05),
+}  # fmt: skip
+
+
+def test_every_option_of_a_layer_reaches_it_and_none_of_training_reaches_prediction():
+    X = sequences(30)
+    y = labels(X)
+    options = {
+        **RANDOM, "variational": True, "proj_size": 3, "cell_clip": 2.0, "forget_bias": 1.0, "save": "checkpoints",
+        "num_layers": 2, "dtype": "float64",
+    }  # fmt: skip
+    model = SequenceClassifier(cell="lstm_peephole", **SMALL, **options)
+    assert {**model.get_params(), **options} == model.get_params() == clone(model).get_params()
+    model.fit(X, y)
+    arguments = model.network_.layer._arguments()
+    assert {**arguments, **options} == arguments and arguments["cell"] == "lstm_peephole"
+    for a, b in zip(model.predict_proba(X), model.predict_proba(X)):
+        np.testing.assert_array_equal(a, b)
+    less = SequenceClassifier(cell="lstm_peephole", **SMALL, **{**options, "save": "states"}).fit(X, y)
+    for name, value in model.network_.parameters.items():
+        np.testing.assert_allclose(value, less.network_.parameters[name], rtol=1e-9, err_msg=name)
+    with pytest.raises(ValueError, match="proj_size: of the cell 'gru' expected 0, for it has no projection; got 3"):
+        SequenceClassifier(cell="gru", proj_size=3, **SMALL).fit(X, y)
+
 
 def test_an_integer_seed_makes_two_fits_equal_to_the_bit_for_any_threads():
     X = sequences(30)
-    options = {**SMALL, "num_layers": 2, "dropout": 0.3, "bidirectional": True}
+    options = {**SMALL, "num_layers": 2, "bidirectional": True, **RANDOM}
     fits = [SequenceClassifier(**options, num_threads=n).fit(X, labels(X)) for n in (1, 1, 2)]
     assert_equal_fits(fits[0], fits[1])
     assert_equal_fits(fits[0], fits[2])

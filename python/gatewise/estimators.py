@@ -45,6 +45,11 @@ _ARGUMENTS = """
         hidden_size, num_layers, bidirectional: of the recurrent layers. A bidirectional model sees the future
             of every step: do not use it to predict while time goes on.
         dropout: probability, between layers and before the linear head, in training.
+        input_dropout, recurrent_dropout, weight_dropout, variational, zoneout: of the recurrent layers in training,
+            as in `gatewise.layers.Layer`: probabilities to drop what x, h and weight_hh have, whether dropout is the
+            same at every step, and the probability that a unit keeps its state, of h and c or a pair.
+        proj_size, cell_clip, forget_bias: of the recurrent layers, as there.
+        save: "all", "states" or "checkpoints": memory against time in training, with the same results.
         target: "step", "sequence", or "auto": by the shape of y, where y [N, T] beside padded X and a list of
             arrays as long as X's mean "step".
         learning_rate, weight_decay, clip_norm: Adam, its L2 penalty, the largest global norm of a gradient
@@ -62,6 +67,12 @@ _ARGUMENTS = """
         verbose: None: a progress bar on a terminal when the fit is long; 0: silent; 1: a bar.
         num_threads, backend: as in the functional calls.
 """
+
+# Parameters that go to the recurrent layer as they are
+_OF_THE_LAYER = (
+    "num_layers", "bidirectional", "dropout", "input_dropout", "recurrent_dropout", "weight_dropout", "variational",
+    "zoneout", "proj_size", "cell_clip", "forget_bias", "save", "dtype", "num_threads", "backend",
+)  # fmt: skip
 
 _ATTRIBUTES = """
     Attributes:
@@ -86,6 +97,15 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        proj_size: int = 0,
+        cell_clip: float | None = None,
+        forget_bias: float | None = None,
+        save: str = "all",
         target: str = "auto",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -106,6 +126,15 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         self.num_layers = num_layers
         self.bidirectional = bidirectional
         self.dropout = dropout
+        self.input_dropout = input_dropout
+        self.recurrent_dropout = recurrent_dropout
+        self.weight_dropout = weight_dropout
+        self.variational = variational
+        self.zoneout = zoneout
+        self.proj_size = proj_size
+        self.cell_clip = cell_clip
+        self.forget_bias = forget_bias
+        self.save = save
         self.target = target
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -178,11 +207,10 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         constant = self._constant(data)
         layer = Layer(
             "rnn_tanh" if self.cell == "rnn" else self.cell,
-            self.n_features_in_, self.hidden_size, self.num_layers,
-            dropout=self.dropout, bidirectional=self.bidirectional, dtype=self.dtype, random_state=random,
-            backend=self.backend, num_threads=self.num_threads,
+            self.n_features_in_, self.hidden_size, random_state=random,
+            **{name: getattr(self, name) for name in _OF_THE_LAYER},
         )  # fmt: skip
-        head = training.Linear(self.hidden_size * layer.directions, len(constant), dtype=self.dtype, random=random)
+        head = training.Linear(layer.output_size, len(constant), dtype=self.dtype, random=random)
         head.bias[:] = constant
         return training.Network(layer, head, self._loss(), per_step=data.per_step, dropout=self.dropout)
 
@@ -294,6 +322,15 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        proj_size: int = 0,
+        cell_clip: float | None = None,
+        forget_bias: float | None = None,
+        save: str = "all",
         target: str = "auto",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -312,7 +349,10 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
     ) -> None:
         super().__init__(
             cell=cell, hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
-            dropout=dropout, target=target, learning_rate=learning_rate, weight_decay=weight_decay,
+            dropout=dropout, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout, variational=variational, zoneout=zoneout, proj_size=proj_size,
+            cell_clip=cell_clip, forget_bias=forget_bias, save=save,
+            target=target, learning_rate=learning_rate, weight_decay=weight_decay,
             max_epochs=max_epochs, batch_size=batch_size, bucket=bucket, clip_norm=clip_norm,
             validation_fraction=validation_fraction, patience=patience, random_state=random_state,
             dtype=dtype, verbose=verbose, num_threads=num_threads, backend=backend,
