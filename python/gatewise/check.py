@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nan, sqrt
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, functional
+from . import _core, functional, problems
 from .backends import NAMES, choose
 
 Array = NDArray[Any]
@@ -284,39 +284,76 @@ def _largest(array: Array) -> float:
 
 @dataclass(frozen=True)
 class Option:
-    """What one row of the matrix runs: sizes, and which of a call's options are used."""
+    """What one row of the matrix runs: options of a problem (gatewise.problems), and sizes."""
 
     name: str
+    words: str = "train"
     sizes: tuple[tuple[int, int, int, int], ...] = ((7, 5, 6, 9),)  # (T, N, I, H), each of them run
     biases: str = "ih hh"
-    state: bool = False  # h0 and c0 given
-    ends: bool = False  # dhn and dcn given
-    lengths: bool = False
-    reverse: bool = False
     saturated: bool = False  # ±50 added to every other bias
     same_bits: bool = False  # 2 and 3 threads, and the batch in another order, give the bits of 1 thread
+    storage: str = ""  # a 16-bit dtype of x, states and weights; y and gradients are then rounded to it
+    feature: bool = False  # a line of `table`
 
+
+def _feature(name: str, words: str, **more: Any) -> Option:
+    return Option(name, words, feature=True, **more)
+
+
+_EVERYTHING = "lengths,reverse,h0,reset,mask,zoneout,clip,project,batch,strided,states"
 
 OPTIONS = (
     Option("plain"),
-    Option("no bias", biases=""),
+    Option("no bias", "nobias"),
     Option("b_ih only", biases="ih"),
     Option("b_hh only", biases="hh"),
-    Option("h0, c0", state=True),
-    Option("dhn, dcn", state=True, ends=True),
-    Option("lengths", state=True, ends=True, lengths=True),
-    Option("reverse", state=True, ends=True, reverse=True),
-    Option("lengths, reverse", state=True, ends=True, lengths=True, reverse=True),
-    Option("saturated", state=True, ends=True, saturated=True),
-    Option("odd sizes", tuple((3, 4 + H % 3, 1 + H % 5, H) for H in (1, 7, 8, 9, 16, 17, 33)), state=True),
-    Option("T=0, N=0, T=N=1", ((0, 3, 2, 5), (4, 0, 2, 5), (1, 1, 4, 9)), state=True, ends=True),
-    Option("long", ((150, 3, 5, 20),), state=True, ends=True, lengths=True),
-    Option("threads, order", ((6, 37, 10, 40),), state=True, ends=True, lengths=True, same_bits=True),
+    _feature("initial, final states", "h0"),
+    _feature("lengths", "lengths,h0"),
+    _feature("packed rows", "packed,h0"),
+    _feature("reverse", "reverse,h0"),
+    Option("lengths, reverse", "lengths,reverse,h0"),
+    _feature("reset to initial", "reset,h0"),
+    _feature("reset to zero", "reset0,h0"),
+    _feature("batch-major", "batch,lengths"),
+    _feature("strided x", "strided"),
+    _feature("recurrent dropout", "mask,h0"),
+    _feature("zoneout", "zoneout,h0"),
+    _feature("expected zoneout", "expected,h0"),
+    _feature("cell clip", "clip,h0"),
+    _feature("projection", "project,h0"),
+    _feature("save states", "states,h0"),
+    _feature("save checkpoints", "checkpoints,h0"),
+    _feature("float16 storage", "h0", storage="float16"),
+    Option("everything", _EVERYTHING, same_bits=True),
+    Option("saturated", "h0", saturated=True),
+    Option("odd sizes", "h0", tuple((3, 4 + H % 3, 1 + H % 5, H) for H in (1, 7, 8, 9, 16, 17, 33))),
+    Option("T=0, N=0, T=N=1", "h0", ((0, 3, 2, 5), (4, 0, 2, 5), (1, 1, 4, 9))),
+    Option("long", "lengths,h0", ((150, 3, 5, 20),)),
+    Option("threads, order", "lengths,h0", ((6, 37, 10, 40),), same_bits=True),
 )
 # Weight gradients are sums over all steps and sequences of terms alike in size. Where one of few elements
 # happens to cancel, its own size says nothing of its error: all of them share the scale of the largest.
 SUMS = ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr")
-QUICK = ("plain", "lengths, reverse", "saturated", "odd sizes", "threads, order")
+QUICK = ("plain", "lengths, reverse", "saturated", "odd sizes", "threads, order", "everything")
+
+
+def has(cell: str, option: Option) -> bool:
+    """Whether there is such a row: the cell has what the option is about. Of "everything", what it has."""
+    return option.name == "everything" or problems.fits(cell, option.words.split(","))
+
+
+def sizes_of(cell: str, option: Option) -> list[tuple[int, int, int, int]]:
+    """The option's sizes for a cell: of a single unit normalisation leaves only its rounding errors."""
+    return [sizes for sizes in option.sizes if sizes[3] > 1 or not _core.cells[cell]["normed"]]
+
+
+def table() -> str:
+    """Which feature runs for which cell, and on which backend, as Markdown; every mark is a row of the matrix."""
+    cells = list(_core.cells)
+    lines = ["| | " + " | ".join(f"`{cell}`" for cell in cells) + " |", "| --- |" + " :-: |" * len(cells)]
+    for option in (option for option in OPTIONS if option.feature):
+        lines.append(f"| {option.name} | " + " | ".join("✓" if has(cell, option) else "" for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -399,79 +436,51 @@ def matrix(
         for backend, arch in (runnable() if places is None else places)
         for dtype in ("float32", "float64")
         for option in OPTIONS
-        if options is None or option.name in options
+        if (options is None or option.name in options) and has(cell, option)
     )
 
 
-@dataclass(frozen=True)
-class _Case:
-    """The arrays of one call, under the names of the functional API."""
+class _Case(NamedTuple):
+    """A problem and its arrays."""
 
-    cell: str
-    inputs: dict[str, Any]  # x, w_ih, w_hh and those of b_ih, b_hh, h0, c0 that are given
-    incoming: dict[str, Any]  # dy and those of dhn, dcn that are given
-    lengths: Array | None
-    reverse: bool
+    problem: problems.Problem
+    inputs: problems.Inputs
+    storage: str = ""
 
-    def replace(self, inputs: Arrays, incoming: Arrays, lengths: Array | None) -> _Case:
-        return _Case(self.cell, inputs, incoming, lengths, self.reverse)
-
-    def astype(self, dtype: str) -> _Case:
-        inputs, incoming = ({k: v.astype(dtype) for k, v in d.items()} for d in (self.inputs, self.incoming))
-        return self.replace(inputs, incoming, self.lengths)
+    def widened(self) -> _Case:
+        return _Case(self.problem, self.inputs.astype(np.float64))
 
     def reordered(self, order: Array) -> _Case:
         """The same sequences in another order within the batch."""
-        inputs, incoming = (_take(arrays, order) for arrays in (self.inputs, self.incoming))
-        return self.replace(inputs, incoming, None if self.lengths is None else self.lengths[order])
+        axis = 0 if "batch" in self.problem.options else 1
+        axes = {"x": axis, "dy": axis, "reset": axis} | dict.fromkeys(("h0", "c0", "dhn", "dcn", "lengths", "h_mask"), 0)
+        arrays = self.inputs._asdict()
+        moved = {name: arrays[name].take(order, axes[name]) for name in axes if arrays[name] is not None}
+        return self._replace(inputs=self.inputs._replace(**moved))
 
 
-# The axis that counts sequences, of every array that has one.
-_BATCH = {"x": 1, "h0": 0, "c0": 0, "y": 1, "hn": 0, "cn": 0, "gates": 1, "c": 1}
-_BATCH.update({"d" + name: axis for name, axis in _BATCH.items()})
-
-
-def _take(arrays: Arrays, order: Array) -> Arrays:
-    return {k: v.take(order, _BATCH[k]) if k in _BATCH else v for k, v in arrays.items()}
+# What belongs to single sequences, and the axis that counts them where time comes first
+_BATCH = {"y": 1, "hn": 0, "cn": 0, "gates": 1, "c": 1, "dx": 1, "dh0": 0, "dc0": 0}
 
 
 def _case(cell: str, option: Option, sizes: tuple[int, int, int, int], dtype: str) -> _Case:
-    """Seeded arrays: inputs and states of order 1, weights of order 1/sqrt(H) as in a fresh layer."""
-    (T, N, I, H), info = sizes, _core.cells[cell]
-    rows, has_c = info["G"] * H, info["has_c"]
-    rng = np.random.default_rng([T, N, I, H, len(cell)])
-    w_scale = 0.6 / sqrt(H)
-    inputs = {
-        "x": rng.standard_normal((T, N, I)),
-        "w_ih": rng.standard_normal((rows, I)) * w_scale,
-        "w_hh": rng.standard_normal((rows, H)) * w_scale,
-    }
-    for part in option.biases.split():
-        inputs["b_" + part] = rng.standard_normal(rows) * 0.3 + 0.2  # above 0: relu units live
-    if option.saturated:  # every other one stays alive: a gradient of zeros would prove nothing
-        inputs["b_ih"] += np.resize([0.0, 50.0, 0.0, -50.0], rows)
-    if option.state:
-        inputs.update({name: rng.standard_normal((N, H)) for name in ("h0", "c0")[: 1 + has_c]})
-    incoming = {"dy": rng.standard_normal((T, N, H))}
-    if option.ends:
-        incoming.update({name: rng.standard_normal((N, H)) for name in ("dhn", "dcn")[: 1 + has_c]})
-    lengths = rng.permutation(np.linspace(0, T, N).astype(np.int64)) if option.lengths else None
-    return _Case(cell, inputs, incoming, lengths, option.reverse).astype(dtype)
+    words = [word for word in option.words.split(",") if problems.fits(cell, [word])]
+    short = {"float32": "f32", "float64": "f64"}[dtype]
+    problem = problems.Problem(cell, *sizes, short, frozenset(words) - {"train"})
+    inputs = problems.draw(problem)
+    for name in ("b_ih", "b_hh"):
+        if name[2:] not in option.biases.split():
+            inputs = inputs._replace(**{name: None})
+    if option.saturated and inputs.b_ih is not None:  # every other one stays alive: zeros would prove nothing
+        inputs.b_ih[...] += np.resize([0.0, 50.0, 0.0, -50.0], inputs.b_ih.shape)
+    if option.storage:
+        inputs = inputs.astype(option.storage)
+    return _Case(problem, inputs, option.storage)
 
 
 def _run(case: _Case, backend: str, num_threads: int | None = None) -> Arrays:
     """Everything a call returns and leaves on its tape, and all its gradients, by name."""
-    tape = _tape(case, backend, num_threads)
-    results = {name: getattr(tape, name) for name in ("y", "hn", "cn", "gates", "c")}
-    results.update(functional.backward(tape, **case.incoming)._asdict())
-    return {name: array for name, array in results.items() if array is not None}
-
-
-def _tape(case: _Case, backend: str, num_threads: int | None = None) -> functional.Tape:
-    return functional.forward(
-        case.cell, **case.inputs, lengths=case.lengths, reverse=case.reverse,
-        backend=backend, num_threads=num_threads,
-    )  # fmt: skip
+    return problems.run(case.problem, case.inputs, backend, num_threads)
 
 
 def _row(cell: str, backend: str, arch: str, dtype: str, option: Option) -> Row:
@@ -480,21 +489,26 @@ def _row(cell: str, backend: str, arch: str, dtype: str, option: Option) -> Row:
     slopes: dict[str, float] = {}
     share, problems = 0.0, []
     try:
-        for sizes in option.sizes:
+        for sizes in sizes_of(cell, option):
             case = _case(cell, option, sizes, dtype)
             truth = _truth(case)
             with _forced(arch):
                 got = _run(case, backend)
                 problems += _bits(case, backend) if option.same_bits else []
-                against = _differences(case, backend) if dtype == "float64" else GradientCheck({}, inf)
+                slow = dtype == "float64" and not option.storage
+                against = _differences(case, backend) if slow else GradientCheck({}, inf)
             for name, error in against.errors.items():
                 slopes[name] = _larger(slopes.get(name, 0.0), error)
                 if not error <= against.bound:
                     problems.append(f"{name}: not the slope of forward at T,N,I,H={sizes}")
-            sums = max(_largest(truth[name]) for name in SUMS)
+            sums = max(_largest(truth[name]) for name in SUMS if name in truth)
             for name, want in truth.items():
-                error = relative_error(got.get(name), want, sums if name in SUMS else None)
+                found = got.get(name)
+                found = found.astype(np.float64) if option.storage and found is not None else found
+                error = relative_error(found, want, sums if name in SUMS else None)
                 limit = bound(cell, dtype, sizes, name)
+                if option.storage:  # one more rounding, and float32 inside
+                    limit = bound(cell, "float32", sizes, name) + float(np.finfo(option.storage).eps)
                 errors[name] = _larger(errors.get(name, 0.0), error)
                 share = _larger(share, error / limit)
                 if not error <= limit:
@@ -513,7 +527,7 @@ def _row(cell: str, backend: str, arch: str, dtype: str, option: Option) -> Row:
         gradient=gradient,
         worst=worst,
         share=share,
-        differences=_worst(slopes)[1] if dtype == "float64" else None,
+        differences=_worst(slopes)[1] if dtype == "float64" and not option.storage else None,
         problem="; ".join(problems[:2]),
     )
 
@@ -522,26 +536,24 @@ def _truth(case: _Case) -> Arrays:
     """The answer in float64, on the case's very numbers."""
     backend, arch = truth_backend()
     with _forced(arch):
-        return _run(case.astype("float64"), backend)
+        return _run(case.widened(), backend)
 
 
 def _bits(case: _Case, backend: str) -> list[str]:
     """What differs in its bits from a run with one thread.
 
     Of a batch in another order only what belongs to single sequences has to agree: weight gradients are sums
-    over the batch.
+    over the batch. What is drawn at random belongs to a place in the batch.
     """
     one = _run(case, backend, 1)
-    order = np.random.default_rng(1).permutation(case.inputs["x"].shape[1])
-    reordered = _run(case.reordered(order), backend, 1)
-    expected = _take({name: array for name, array in one.items() if name in _BATCH}, order)
+    runs = [("with 2 threads", _run(case, backend, 2), one), ("with 3 threads", _run(case, backend, 3), one)]
+    if "zoneout" not in case.problem.options:
+        order = np.random.default_rng(1).permutation(case.problem.N)
+        expected = {name: one[name].take(order, axis) for name, axis in _BATCH.items() if name in one}
+        runs.append(("with the batch in another order", _run(case.reordered(order), backend, 1), expected))
     return [
         f"{name}: other bits {reason}"
-        for reason, got, want in (
-            ("with 2 threads", _run(case, backend, 2), one),
-            ("with 3 threads", _run(case, backend, 3), one),
-            ("with the batch in another order", reordered, expected),
-        )
+        for reason, got, want in runs
         for name in want
         if got[name].tobytes() != want[name].tobytes()
     ]
@@ -549,18 +561,23 @@ def _bits(case: _Case, backend: str) -> list[str]:
 
 def _differences(case: _Case, backend: str) -> GradientCheck:
     """The gradients of a call against finite differences of the same call."""
+    problem, inputs = case.problem, case.inputs
+    names = [*inputs._fields[:7], "w_unit", "w_hr"]
+    params = {name: array for name in names if (array := getattr(inputs, name)) is not None}
+    incoming = {"dy": "y"} | {name: name[1:] for name in ("dhn", "dcn") if getattr(inputs, name) is not None}
 
-    def tape(params: Arrays) -> functional.Tape:
-        return _tape(case.replace(params, case.incoming, case.lengths), backend, 1)
+    def tape(changed: Arrays) -> functional.Tape:
+        return problems.tape_of(problem, inputs._replace(**changed), backend, 1)
 
-    def forward(params: Arrays) -> Arrays:
-        found = tape(params)
-        return {name: getattr(found, name[1:]) for name in case.incoming}
+    def forward(changed: Arrays) -> Arrays:
+        found = tape(changed)
+        return {output: getattr(found, output) for output in incoming.values()}
 
-    def backward(params: Arrays, doutputs: dict[str, Any]) -> dict[str, Array | None]:
-        return {name[1:]: d for name, d in functional.backward(tape(params), **doutputs)._asdict().items()}
+    def backward(changed: Arrays, doutputs: dict[str, Any]) -> dict[str, Array | None]:
+        grads = functional.backward(tape(changed), **{name: doutputs[output] for name, output in incoming.items()})
+        return {name[1:]: d for name, d in grads._asdict().items()}
 
-    return gradients((forward, backward), case.inputs, directions=4)
+    return gradients((forward, backward), params, directions=4)
 
 
 # ---- exp, tanh and sigmoid in ULP --------------------------------------------------------------------------
