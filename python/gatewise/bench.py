@@ -140,6 +140,17 @@ SETS = {
         _all("lstm", "f32", "train", "T3000,N4,I8,H64 T10000,N1,I8,H64 T10000,N4,I8,H32")
         + _all("gru rnn_tanh", "f32", "train", "T10000,N1,I8,H64"),
     ),
+    "features": Set(
+        "what leaves other libraries' fast path, beside the plain layer of the same size: options, what the tape keeps, "
+        "cells",
+        _all("lstm gru", "f32", "half packed reset zoneout mask batch strided states checkpoints", "T64,N32,I64,H128")
+        + _all("lstm", "f32", "clip project", "T64,N32,I64,H128")
+        + _all("lstm_peephole lstm_coupled lstm_norm gru_reset_before gru_norm indrnn_relu indrnn_tanh", "f32", "train",
+               "T64,N32,I64,H128")
+        + _all("lstm", "f32", "half reset zoneout states checkpoints", "T64,N16,I32,H64 T64,N32,I128,H256")
+        + _all("lstm_norm gru_norm", "f32", "train", "T64,N16,I32,H64 T64,N32,I128,H256")
+        + _all("lstm_peephole lstm_norm gru_reset_before", "f32", "stream", "T64,N1,I64,H128"),
+    ),
     "stress": Set(
         "numbers that make hardware stumble: subnormal gradients, saturated gates, a NaN",
         _all("lstm gru rnn_tanh", "f32", "subnormal saturated nan", "T64,N16,I32,H64")
@@ -294,11 +305,22 @@ class Row:
 ROW = [field.name for field in fields(Row)]
 
 
+_FEATURES = ("reset", "reset0", "mask", "zoneout", "expected", "clip", "project", "batch", "packed", "strided")
+
+
+def _plain(problem: Problem) -> Problem:
+    """What a problem's cost is compared with."""
+    kind, _, variant = problem.cell.partition("_")
+    cell = f"rnn_{variant}" if kind == "indrnn" else problem.cell if kind == "rnn" else kind
+    plain = problem.without("subnormal", "saturated", "nan", "half", "lengths", "states", "checkpoints", *_FEATURES)
+    return replace(plain, cell=cell)
+
+
 class Measurement:
     """One problem, ours and the others', ready to be timed round by round: everything built and verified.
 
-    Besides `peers` two more parties of ours may run: "plain", the same problem with ordinary numbers and every
-    sequence full, where the problem has neither; "1 thread", where it runs on more.
+    Besides `peers` two more parties of ours may run: "plain", the same problem with ordinary numbers, every sequence
+    full, and nothing that the plain cell of its kind does not have; "1 thread", where it runs on more.
 
     Raises:
         WrongAnswer: ours is wrong. A peer that is wrong is left out, and `notes` says so.
@@ -321,7 +343,7 @@ class Measurement:
                 except WrongAnswer as error:
                     self.notes.append(f"left out: {error}")
                     del self.parties[name]
-        plain = problem.without("subnormal", "saturated", "nan", "half", "lengths")
+        plain = _plain(problem)
         if plain != problem:
             self.parties["plain"] = Ours(plain, draw(plain), threads)
             self._verify("plain", plain)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from . import functional
 from .backends import available_cores
-from .problems import GATES, Inputs, Problem, gradients_of, run
+from .problems import CELLS, GATES, OPTIONS, Inputs, Problem, gradients_of, options_of, run
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -93,8 +93,9 @@ class Ours(Party):
     libraries' do, and for one step a call its stream."""
 
     name = "gatewise"
-    options = Party.options | {"infer", "call", "stream", "lengths", "half", "empty", "reverse", "h0"}
+    options = frozenset(OPTIONS)
     backend = "cpu"
+    _of_layers: ClassVar[frozenset[str]] = Party.options | {"infer", "stream", "lengths", "half", "empty", "h0"}
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
@@ -102,12 +103,20 @@ class Ours(Party):
         self.forward = partial(
             functional.forward, problem.cell, *inputs[:7], lengths=inputs.lengths,
             reverse="reverse" in problem.options, backend=self.backend, num_threads=threads, training=problem.trains,
+            **options_of(problem, inputs),
         )  # fmt: skip
         self.layer: Any = None
-        if not problem.trains and self.backend == "cpu" and not problem.options & {"call", "reverse"}:
+        if not problem.trains and self.backend == "cpu" and problem.options <= self._of_layers:
             self.layer = self._layer()
         if "stream" in problem.options:
             self.stream = self.layer.stream(problem.N)
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        if problem.kind == "stream" and (cannot := sorted(problem.options - cls._of_layers)):
+            return f"no {', '.join(cannot)} in a stream"
+        cannot = sorted(problem.options - cls.options)
+        return f"no {', '.join(cannot)}" if cannot else None
 
     def step(self) -> Any:
         problem, inputs = self.problem, self.inputs
@@ -143,14 +152,15 @@ class Ours(Party):
         if "stream" in problem.options:
             return None
         ticks = np.zeros(3, np.uint64)
-        weights: dict[str, Any] = {name: getattr(inputs, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")}
+        weights = tuple(getattr(inputs, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
+        kept: dict[str, Any] = {}
         if self.layer:
+            weights = self.layer._weights(0)[:4]
             kept = {"packed": self.layer._packed[0], "promise": self.layer._promise()}
-            weights = {**dict(zip(weights, self.layer._weights(0))), **kept}
         tape = functional._forward(
-            problem.cell, inputs.x, **weights, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
+            problem.cell, inputs.x, *weights, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
             reverse="reverse" in problem.options, backend=self.backend, num_threads=self.threads,
-            training=problem.trains, ticks=ticks,
+            training=problem.trains, ticks=ticks, extras=functional._extras(options_of(problem, inputs)), **kept,
         )  # fmt: skip
         if problem.trains:
             functional._backward(
@@ -162,9 +172,10 @@ class Ours(Party):
         from .layers import Layer
 
         problem, inputs = self.problem, self.inputs
-        layer = Layer(problem.cell, problem.I, problem.H, bias=inputs.b_ih is not None, dtype=inputs.x.dtype,
-                      num_threads=self.threads)  # fmt: skip
-        names = {"w_ih": "weight_ih_l0", "w_hh": "weight_hh_l0", "b_ih": "bias_ih_l0", "b_hh": "bias_hh_l0"}
+        layer = Layer(problem.cell, problem.I, problem.H, dtype=inputs.x.dtype, num_threads=self.threads,
+                      bias=inputs.b_ih is not None or CELLS[problem.cell]["normed"])  # fmt: skip
+        names = {"w_ih": "weight_ih_l0", "w_hh": "weight_hh_l0", "b_ih": "bias_ih_l0", "b_hh": "bias_hh_l0",
+                 "w_unit": "weight_unit_l0"}  # fmt: skip
         layer.load_state_dict({
             theirs: array for name, theirs in names.items() if (array := getattr(inputs, name)) is not None
         })  # fmt: skip
@@ -235,7 +246,7 @@ class NumPy(Party):
 
     name = "numpy"
     packages = ("numpy", "threadpoolctl")  # the second holds NumPy's BLAS to the threads of the measurement
-    options = Ours.options - {"stream"}
+    options = Party.options | {"infer", "call", "lengths", "half", "empty", "reverse", "h0"}
     cells: ClassVar[dict[str, tuple[Any, Any]]] = {
         "rnn_tanh": _rnn(np.tanh, lambda h: 1 - h**2),
         # a NaN's gradient is not hidden: PyTorch's choice, and ours
@@ -249,7 +260,7 @@ class NumPy(Party):
         return super().refuses(problem) or (None if problem.cell in cls.cells else f"no cell {problem.cell}")
 
     def step(self) -> Arrays:
-        problem, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, dy, dhn, dcn) = self.problem, self.inputs
+        problem, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, dy, dhn, dcn) = self.problem, self.inputs[:11]
         G, dtype, shape = GATES[problem.cell], x.dtype, (problem.N, problem.H)
         forward, backward = self.cells[problem.cell]
         order = range(problem.T)[:: -1 if "reverse" in problem.options else 1]
@@ -309,7 +320,7 @@ class Torch(Party):
 
     name = "torch"
     packages = ("torch",)
-    options = Party.options | {"infer", "stream", "half", "h0"}
+    options = Party.options | {"infer", "stream", "half", "h0", "project", "batch"}
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
@@ -327,8 +338,10 @@ class Torch(Party):
 
     def _layer(self, torch: Any) -> Any:
         kind, extra = TORCH[self.problem.cell]
-        bias = self.inputs.b_ih is not None
-        return getattr(torch.nn, kind)(self.problem.I, self.problem.H, bias=bias, dtype=self.x.dtype, **extra)
+        extra = {**extra, "bias": self.inputs.b_ih is not None, "batch_first": "batch" in self.problem.options}
+        if self.problem.R != self.problem.H:
+            extra["proj_size"] = self.problem.R
+        return getattr(torch.nn, kind)(self.problem.I, self.problem.H, dtype=self.x.dtype, **extra)
 
     def step(self) -> Any:
         with self.mode():
