@@ -1,7 +1,7 @@
 // The layer backward, chunks from the end: step by step the product dgates W_hh, its tiles finished by the cell's
 // backward of the step before, then dx and the weights' gradients of the chunk, while its gate gradients are still in
-// cache. Rows, or panels when rows are few, are shared among a team of threads; no element is ever summed by two of them.
-// What forward did not keep of the gates is computed again, a chunk at a time.
+// cache. Rows, or panels when rows are few, are shared among a team of threads; no element is ever summed by two of
+// them. What forward did not keep of the gates is computed again, a chunk at a time.
 //
 //   dgates [P][chunk][D][units of the panel]     (scratch)
 // A row of dgates takes D * W numbers; in a last panel of few units its end is never written.
@@ -60,30 +60,34 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   Backward<T> call;
   Side<G> x;
   Side<product_gates> h;
-  Side<1> stage;        // the last gate's part of w_hh, or the projection
-  T* bias_sums;         // [P], each like a row of dgates
-  int unit_shift;       // 1 << unit_shift sequences share the sums of
-  Index unit_blocks;    // of sequences
-  T* unit_sums;         // [P][unit_blocks][U][W]
-  Gradients<T> dgates[2];  // of this chunk and of the one after it, whose first step is still needed
-  Gradients<T> dh_of;   // [R units], D = 1: of the chunk's h, where a projection makes it
-  T *carry_h, *carry_c;  // [P][N][W] gradients that reach the state past the product
+  Side<1> stage;             // the last gate's part of w_hh, or the projection
+  T* bias_sums;              // [P], each like a row of dgates
+  int unit_shift = 0;        // 1 << unit_shift sequences share the sums of their units' weights
+  Index unit_blocks;         // of so many sequences
+  T* unit_sums;              // [P][unit_blocks][U][W]
+  Gradients<T> dgates[2];    // of this chunk and of the one after it, whose first step is still needed
+  Gradients<T> dh_of;        // [R units], D = 1: of the chunk's h, where a projection makes it
+  T *carry_h, *carry_c;      // [P][N][W] gradients that reach the state past the product
   T *restart_h, *restart_c;  // [P][N][W] what resets send to the initial state, or null
-  T* d_middle;   // [N][H] by sorted position, of what came back from a normalisation, or null
-  T* norm_sums;  // [N][4][W] by sorted position, sums in the lanes of a normed row
+  T* d_middle;               // [N][H] by sorted position, of what came back from a normalisation, or null
+  T* norm_sums;              // [N][4][W] by sorted position, sums in the lanes of a normed row
   SavedRows<T> saved;
   CellStates<T> states;
   ForwardPass<Cell, T> again;
 
   BackwardPass(const Backward<T>& call, Arena& arena)
       : Base(call.problem, arena, call.threads, kBackwardChunk), call(call),
-        x(arena, this->chunk_capacity, d.I, d.H, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih, call.dx),
+        x(arena, this->chunk_capacity, d.I, d.H, Facts::x_block, Facts::x_gate, problem.weights.w_ih, call.dw_ih,
+          call.dx),
         h(arena, this->chunk_capacity, Cell::has_product ? d.R : 0, d.H, Facts::h_block, Facts::h_gate,
           problem.weights.w_hh, call.dw_hh, true),
         stage(arena, this->chunk_capacity, stage_columns(), projects ? d.R : d.H, projects ? 0 : G - 1, Facts::h_gate,
               projects ? problem.weights.w_hr : past_h(problem.weights.w_hh),
-              projects ? call.dw_hr : stage_columns() ? past_h(call.dw_hh) : nullptr, true),
-        bias_sums(arena.take<T>(P * D * W)), unit_shift(0), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
+              projects          ? call.dw_hr
+              : stage_columns() ? past_h(call.dw_hh)
+                                : nullptr,
+              true),
+        bias_sums(arena.take<T>(P * D * W)), carry_h(arena.take<T>(P * d.N * W)), carry_c(arena.take<T>(P * d.N * W)),
         again(*this, arena, recomputes(call)) {
     const Index capacity = this->chunk_capacity;
     dgates[0] = {arena.take<T>(P * capacity * D * W), D, d.H, capacity};
@@ -182,8 +186,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     if constexpr (Cell::normed) d_normed_step(s, gates, chunk, all);
   }
 
-  // The rest of the step of a normed cell: back through what was standardised. If x are n numbers less their mean, times
-  // their scale, then the gradient d of x becomes that of the numbers so: scale (d - mean(d) - x mean(d x)).
+  // The rest of the step of a normed cell: back through what was standardised. If x are n numbers less their mean,
+  // times their scale, then the gradient d of x becomes that of the numbers so: scale (d - mean(d) - x mean(d x)).
   void d_normed_step(Index s, const Gradients<T>& gates, Index chunk, Range positions) {
     for_each_tile(positions.size(), kMaxRows, [&](Index first, Index height) {
       const Index i = positions.begin + first, row = rows.offset[s] + i, kept_row = row - saved.first;
@@ -228,10 +232,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   GATEWISE_FN T norm_sum(int which, Index i) const { return lane_sum(V::load(norm_sums_at(i) + which * W)); }
   void zero_norm_sums(Range positions) const { zero(norm_sums_at(positions.begin), positions.size() * 4 * W); }
 
-  // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units: lanes
-  template <class Lanes>
-  GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, const T* carry, const T* dy, Lanes lanes,
-                         bool options) {
+  // What a tile's row of the product says of the gradient of h after step s, with all else that reaches it. units:
+  // lanes
+  template <class Lanes> GATEWISE_FN V total_dh(Index s, Index i, Index p, const T* product, const T* carry,
+                                                const T* dy, Lanes lanes, bool options) {
     V dh = V::load(product);
     if (options && problem.h_mask) dh = dh * V::load(this->mask_of(i) + p * W, lanes);
     dh = dh + V::load(carry);
@@ -277,17 +281,19 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
           for (int k = 0; k < S; ++k) __builtin_prefetch(ahead + (r * S + k) * W);
           const V of_x(*again.scale_at(0, row - saved.first + r)), of_h(*again.scale_at(1, row - saved.first + r));
           GATEWISE_UNROLL
-          for (int g = 0; g < G; ++g) to_save[G + g] = to_save[G + g] * of_x, to_save[2 * G + g] = to_save[2 * G + g] * of_h;
+          for (int g = 0; g < G; ++g)
+            to_save[G + g] = to_save[G + g] * of_x, to_save[2 * G + g] = to_save[2 * G + g] * of_h;
         }
         State<V> prev{h_prev && !(options && projects) ? V::load(h_prev + unit, units) : V(0), V(0)};
         State<V> grad{in_stage ? V::load(dh + r * stride, units)
-                               : total_dh(s, i + r, p, dh + r * stride, h_carry + r * W, dy ? dy + place[r] * R : nullptr, units,
-                                          options),
+                               : total_dh(s, i + r, p, dh + r * stride, h_carry + r * W,
+                                          dy ? dy + place[r] * R : nullptr, units, options),
                       V(0)};
         if constexpr (Cell::middle == Middle::norm) grad.h = of_c[r].apply(grad.h, to_save[Cell::output_saved]);
         State<V> bypass{V(0), V(0)};
         if (Cell::has_c) {
-          prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
+          prev.c =
+              V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
           grad.c = V::load(c_carry + r * W);
           if (options && cut(s, i + r)) grad.c = send(grad.c, restart_c, p, i + r);
         }
@@ -346,14 +352,16 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     this->epilogue(d.R - unit, [&](auto lanes, auto options) {
       const Unit<V, U> own = unit_of(p, options);
       for (Index r = 0; r < height; ++r) {
-        V total = total_dh(s, i + r, p, dh + r * stride, carry + r * W, dy ? dy + place[r] * R : nullptr, lanes, options);
+        V total =
+            total_dh(s, i + r, p, dh + r * stride, carry + r * W, dy ? dy + place[r] * R : nullptr, lanes, options);
         V bypass(0);
         if (options && this->zones()) {
           const V keep = this->zoneout(s, i + r, p).h;
           bypass = keep * total, total = (V(1) - keep) * total;
         }
         if constexpr (Facts::staged) {
-          const T *kept = again.saved_at(p, row + r - saved.first), *h_prev = this->previous_h(call.y, s, i + r, options);
+          const T *kept = again.saved_at(p, row + r - saved.first),
+                  *h_prev = this->previous_h(call.y, s, i + r, options);
           V to_save[S], dgx[G] = {}, dw[U ? U : 1] = {};
           for (int k = 0; k < S; ++k) to_save[k] = V::load(kept + k * W);
           const State<V> prev{h_prev ? V::load(h_prev + unit, lanes) : V(0), V(0)};
@@ -426,7 +434,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const T* a = side.operand + column * this->chunk_capacity;
         Tile<T> tile;
         this->meter.start();
-        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, W * gates.D, tile);
+        kMultiplyColumns<T>[registers - 1][height - 1](a, kRows, count, b, W* gates.D, tile);
         this->meter.stop(&Ticks::products);
         T* sum = sums + column * registers * W;
         for (Index v = 0; v < height * registers; ++v, sum += W)

@@ -7,11 +7,10 @@
 //   states [P][N + R][W], c0 in the first N rows, or [P][checkpoints][N][W]     (the tape: these two)
 //   gx     [P][chunk][G][W]                                                     (scratch)
 //
-// The weights of a normed cell are packed less the mean of each column: the mean of their product with anything is zero,
-// and its variance the mean of the squares, which are summed while the product is in L1. What is saved behind its gates
-// are these products as they come, and they wait there for the cell; whoever reads them multiplies them with the row's
-// scale.
-// Lanes past H hold junk.
+// The weights of a normed cell are packed less the mean of each column: the mean of their product with anything is
+// zero, and its variance the mean of the squares, which are summed while the product is in L1. What is saved behind its
+// gates are these products as they come, and they wait there for the cell; whoever reads them multiplies them with the
+// row's scale. Lanes past H hold junk.
 #pragma once
 #include "pass.hpp"
 
@@ -31,10 +30,10 @@ template <class Cell, class T> struct PackedWeights {
   T *mean_ih, *mean_hh;  // of a normed cell's columns, in two parts: column_means()
 
   PackedWeights(const Problem<T>& p, Arena& arena)
-      : d(p.dims), P(ceil_div(d.H, W)),
-        stage_units(Cell::middle == Middle::product ? d.H : Facts::may_project && p.weights.w_hr ? d.R : 0),
-        w_ih(arena.take<T>(P * G * W * d.I)),
-        w_hh(arena.take<T>(Cell::has_product ? P * product_gates * W * d.R : 0)),
+      : d(p.dims), P(ceil_div(d.H, W)), stage_units(Cell::middle == Middle::product        ? d.H
+                                                    : Facts::may_project && p.weights.w_hr ? d.R
+                                                                                           : 0),
+        w_ih(arena.take<T>(P * G * W * d.I)), w_hh(arena.take<T>(Cell::has_product ? P * product_gates * W * d.R : 0)),
         w_stage(arena.take<T>(ceil_div(stage_units, W) * W * d.H)), bias(arena.take<T>(P * (G + 1) * W)),
         unit(arena.take<T>(P * U * W)), mean_ih(Cell::normed ? arena.take<T>(2 * d.I) : nullptr),
         mean_hh(Cell::normed ? arena.take<T>(2 * d.R) : nullptr) {}
@@ -68,8 +67,7 @@ template <class Cell, class T> struct PackedWeights {
         const bool apart = Cell::split && g == G - 1;  // r acts on b_hh too: it cannot move into gx
         (g == G ? hh : apart ? ih : ih + hh).store(bias + (p * (G + 1) + g) * W);
       }
-      for (int u = 0; u < U; ++u)
-        V::load(w.w_unit + u * d.H + p * W, d.H - p * W).store(unit + (p * U + u) * W);
+      for (int u = 0; u < U; ++u) V::load(w.w_unit + u * d.H + p * W, d.H - p * W).store(unit + (p * U + u) * W);
     }
   }
 
@@ -99,17 +97,16 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   bool again;  // computes for backward what the tape does not hold, from the states that it does
   PackedWeights<Cell, T> weights;
   T* gx;
-  T* masked;  // [N][R] by sorted position: h times its mask, or null
-  T* hidden;  // [P][N][G][W] by sorted position: a normed cell's products with h, where they are not kept
-  T* row_sums;         // [N][W] by sorted position: sums in the lanes of a normed row
+  T* masked;            // [N][R] by sorted position: h times its mask, or null
+  T* hidden;            // [P][N][G][W] by sorted position: a normed cell's products with h, where they are not kept
+  T* row_sums;          // [N][W] by sorted position: sums in the lanes of a normed row
   T *x_sums, *x_scale;  // [chunk][W], [chunk]: likewise of gx, and by what it is to be multiplied
-  T* middle;  // [N][H] by sorted position: what goes through the stage, where it is not kept
+  T* middle;            // [N][H] by sorted position: what goes through the stage, where it is not kept
   SavedRows<T> saved;
   CellStates<T> states;
   bool writes_states = true;
 
-  ForwardPass(const Forward<T>& call, Arena& arena)
-      : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
+  ForwardPass(const Forward<T>& call, Arena& arena) : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
   ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
       : ForwardPass(Base(call.problem, arena, call.threads, kForwardChunk), call, arena, call.packed ? packed : arena) {
     if (call.saved) saved = {call.saved, rows.count, 0};
@@ -233,7 +230,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       const T* w_hh = weights.w_hh + q * per_group * product_gates * W * d.R;
       for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
-        const T *h[kMaxRows] = {}, *others[kMaxRows], *const* operand = h;
+        const T *h[kMaxRows] = {}, *others[kMaxRows], *const *operand = h;
         bool any = Cell::has_product;
         if (__builtin_expect(this->plain, 1)) {
           for (Index r = 0; r < height; ++r) h[r] = this->previous_h(call.y, s, i + r, false);
@@ -259,7 +256,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
           if constexpr (Cell::normed) {
             this->with_units(p, [&](auto units) {
               for (Index r = 0; r < height; ++r)
-                store_products(products + r * registers * W, units, gh_at(p, s, i) + r * pitch(), row_sums + (i + r) * W);
+                store_products(products + r * registers * W, units, gh_at(p, s, i) + r * pitch(),
+                               row_sums + (i + r) * W);
             });
           } else {
             finish(s, chunk, i, height, p, h, products, registers * W);
@@ -322,7 +320,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) operand[r] = middle_at(s, i + r);
         Tile<T> tile;
         this->meter.start();
-        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.w_stage + q * per_group * W * d.H, tile);
+        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.w_stage + q* per_group* W* d.H, tile);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < registers; ++b)
           finish_output(s, chunk, i, height, q * per_group + b, tile.numbers + b * W, registers * W);
@@ -353,7 +351,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     T* c_next = states.numbers + (p * states.stride + state_row(s) + i) * W;
     T* kept = saved_at(p, saved_row(s, i));
     const Index* place = rows.place + row;
-    // Here and below: what is not read from the pass again after every store, which the compiler must think may change it
+    // Here and below: what is not read from the pass again after every store, which the compiler must think may change
+    // it
     T *const y = call.y + unit, *const numbers = saved.numbers;
     const Index H = d.H;
     const V b_hh = Cell::split ? V::load(weights.bias + (p * (G + 1) + G) * W) : V(0);
@@ -366,7 +365,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (int g = 0; g < G; ++g) x[g] = V::load(gx_row + r * gx_stride + g * W);
         GATEWISE_UNROLL
         for (int g = 0; g < product_gates; ++g)
-          gh[g] = Cell::normed ? V::load(products + r * stride + g * W) : V::load(products + r * stride + g * units, units);
+          gh[g] =
+              Cell::normed ? V::load(products + r * stride + g * W) : V::load(products + r * stride + g * units, units);
         if constexpr (Cell::normed) {
           const V of_x(x_scale[row + r - chunk]), of_h(scale[r]);
           GATEWISE_UNROLL
@@ -377,7 +377,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (options && Cell::middle == Middle::product && problem.h_mask)
           prev.h = prev.h * V::load(this->mask_of(i + r) + unit, units);
         if (Cell::has_c)
-          prev.c = V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
+          prev.c =
+              V::load(options && this->restarts(s, i + r) ? this->start_c + (p * d.N + i + r) * W : c_prev + r * W);
         State<V> next = Cell::forward(x, gh, own, prev, to_save);
         if (to_stage) next.h.store(middle_at(s, i + r) + unit, units);
         if (Cell::middle == Middle::norm) add_to(row_sums + (i + r) * W, first_of(next.h, units));
@@ -398,7 +399,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // Whether this saved number of a normed cell stands there before the cell is called
   static constexpr bool is_product(int k) { return Cell::normed && G <= k && k < 3 * G; }
 
-  // The epilogue of the stage: h from what came back, [height] rows, `stride` apart, to be multiplied with scale, or null
+  // The epilogue of the stage: h from what came back, [height] rows, `stride` apart, to be multiplied with scale, or
+  // null
   GATEWISE_FN void finish_output(Index s, Index chunk, Index i, Index height, Index p, const T* values, Index stride,
                                  const T* scale = nullptr) {
     const Index row = rows.offset[s] + i, unit = p * W;
@@ -489,7 +491,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
  private:
   ForwardPass(const Base& base, const Forward<T>& call, Arena& arena, Arena& packed)
       : Base(base), call(call), again(false), weights(problem, packed),
-        gx(arena.take<T>(P * this->chunk_capacity * G * W)), masked(problem.h_mask ? arena.take<T>(d.N * d.R) : nullptr),
+        gx(arena.take<T>(P * this->chunk_capacity * G * W)),
+        masked(problem.h_mask ? arena.take<T>(d.N * d.R) : nullptr),
         hidden(arena.take<T>(Cell::normed ? P * d.N * G * W : 0)), row_sums(arena.take<T>(Cell::normed ? d.N * W : 0)),
         x_sums(arena.take<T>(Cell::normed ? this->chunk_capacity * W : 0)),
         x_scale(arena.take<T>(Cell::normed ? this->chunk_capacity : 0)),

@@ -124,11 +124,11 @@ template <class Cell, class T> struct Pass {
   Pass(const Problem<T>& p, Arena& arena, int threads, ChunkSize chunk)
       : problem(p), d(p.dims), P(ceil_div(d.H, W)), groups(ceil_div(P, Facts::group)),
         projects(Facts::may_project && p.weights.w_hr),
-        plain(!projects && !p.sequence.reset && !p.h_mask && !zones() && p.cell_clip == T(__builtin_inf())), rows(arena, d.T, d.N, count_rows(p)),
+        plain(!projects && !p.sequence.reset && !p.h_mask && !zones() && p.cell_clip == T(__builtin_inf())),
+        rows(arena, d.T, d.N, count_rows(p)),
         how(plan<Cell>(d, rows.count, threads, projects || Facts::staged || Cell::normed)),
         chunk_target(between(chunk.least_rows, chunk.bytes / (P * W * D * Index(sizeof(T))), chunk.most_rows)),
-        zeros(arena.take<T>(d.R)),
-        start_c(Cell::has_c && p.sequence.reset ? arena.take<T>(P * d.N * W) : nullptr) {
+        zeros(arena.take<T>(d.R)), start_c(Cell::has_c && p.sequence.reset ? arena.take<T>(P * d.N * W) : nullptr) {
     if (p.save == Save::checkpoints && chunk_target < p.checkpoint * d.N) chunk_target = p.checkpoint * d.N;
     chunk_capacity = least(rows.count, chunk_target + d.N);
   }
@@ -138,7 +138,8 @@ template <class Cell, class T> struct Pass {
     rows.fill(problem);
     zero(zeros, d.R);
     if (start_c)
-      gather(problem.sequence.reset_to == ResetTo::initial ? problem.sequence.c0 : nullptr, d.H, start_c, d.N, {0, d.N});
+      gather(problem.sequence.reset_to == ResetTo::initial ? problem.sequence.c0 : nullptr, d.H, start_c, d.N,
+             {0, d.N});
   }
 
   Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
@@ -214,8 +215,8 @@ template <class T> void zero_padding(const Problem<T>& p, T* array, Index width,
       if (t >= p.sequence.lengths[n]) zero(array + (t * per_step + n * per_sequence) * width, width);
 }
 
-// ---- layer normalisation's part without weights: numbers less their mean, over their standard deviation. Sums of a row
-// are gathered lane by lane, panel after panel, while its numbers are in registers.
+// ---- layer normalisation's part without weights: numbers less their mean, over their standard deviation. Sums of a
+// row are gathered lane by lane, panel after panel, while its numbers are in registers.
 
 // From the sum of n squares of differences from the mean to the factor; 1e-5 as in torch.nn.LayerNorm
 template <class T> GATEWISE_FN T norm_scale(Vec<T> squares, Index n) {

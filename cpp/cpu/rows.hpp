@@ -1,7 +1,8 @@
 // Rows: the order in which kernels walk a batch. Sequences are sorted by length, longest first, so that at step s
 // the live ones are a prefix, and work is proportional to the steps that exist. A packed row is one live (s, i)
 // pair, i being the sorted position; everything the kernels keep for themselves is stored by packed row. Lengths,
-// order, direction and layout are therefore nothing but `place` and `x_at`, where a packed row is in the caller's arrays.
+// order, direction and layout are therefore nothing but `place` and `x_at`, where a packed row is in the caller's
+// arrays.
 #pragma once
 #include "gatewise/arch.hpp"
 #include "gatewise/gatewise.hpp"
@@ -78,7 +79,8 @@ struct Rows {
     for (Index s = 0; s < steps; ++s) offset[s + 1] += offset[s];
 
     const bool packed = of.layout == Layout::packed;  // there the order is the caller's own, and so is `offset`
-    const Index per_step = of.layout == Layout::time_major ? N : 1, per_sequence = of.layout == Layout::time_major ? 1 : steps;
+    const Index per_step = of.layout == Layout::time_major ? N : 1,
+                per_sequence = of.layout == Layout::time_major ? 1 : steps;
     for (Index s = 0; s < steps; ++s)
       for (Index i = 0; i < live(s); ++i) {
         const Index row = offset[s] + i, n = order[i], t = time_of(p, s, n);

@@ -78,9 +78,7 @@ template <class T> struct Vec {
   GATEWISE_FN static Vec load(const T* p, Index n);
   GATEWISE_FN void store(T* p, Index n) const;
   // 0, 1, 2 ...
-  GATEWISE_FN static Unsigned lane_numbers() {
-    return LaneNumbers<Vec, std::make_integer_sequence<int, width>>::value;
-  }
+  GATEWISE_FN static Unsigned lane_numbers() { return LaneNumbers<Vec, std::make_integer_sequence<int, width>>::value; }
   // From memory straight into all lanes; from a register it would occupy a multiply port.
   GATEWISE_FN static Vec broadcast(const T* p);
 };
@@ -237,8 +235,7 @@ template <class T, int Block = Vec<T>::width / 2> GATEWISE_FN void transpose(Vec
 }
 
 // The sum of all lanes, by halves
-template <int Block, class T, int... Lane>
-GATEWISE_FN Vec<T> fold(Vec<T> v, std::integer_sequence<int, Lane...>) {
+template <int Block, class T, int... Lane> GATEWISE_FN Vec<T> fold(Vec<T> v, std::integer_sequence<int, Lane...>) {
 #if defined(__clang__)
   return v + Vec<T>::of(__builtin_shufflevector(v.native, v.native, (Lane ^ Block)...));
 #else

@@ -19,7 +19,8 @@
 //   middle = product   a product with the rows of the last gate of W_hh
 //   middle = norm      standardise over the H units of a row
 // A `normed` cell finds its gx and gh standardised over the G * H numbers of a row, without biases, and saves them
-// behind the gates: gx, then gh. Standardised: less their mean, over the root of their variance + 1e-5.
+// behind the gates: gx, then gh (the layer has them there already, not yet scaled, and keeps them so). Standardised:
+// less their mean, over the root of their variance + 1e-5.
 //
 // V is float or double, a SIMD register, or a dual number (the test of each backward against its forward).
 // To add a cell: write it here, append it to `Cells`, and write its scalar twin in python/gatewise/reference.py.
@@ -199,8 +200,8 @@ struct LstmNorm : Plain {
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[12] = V(0);  // the last is output's to set
     return {c, c};
   }
-  template <class V> GATEWISE_FN static V output(const V (&)[4], V standard_c, const Unit<V, 14>& unit, State<V>,
-                                                 V (&saved)[13]) {
+  template <class V>
+  GATEWISE_FN static V output(const V (&)[4], V standard_c, const Unit<V, 14>& unit, State<V>, V (&saved)[13]) {
     saved[12] = standard_c;
     return saved[3] * tanh(fma(unit.w[12], standard_c, unit.w[13]));
   }
@@ -270,14 +271,14 @@ struct GruResetBefore : Plain {
     saved[0] = r, saved[1] = z, saved[2] = V(0);  // n is output's to set
     return {r * prev.h, V(0)};
   }
-  template <class V> GATEWISE_FN static V output(const V (&gx)[3], V gh_n, const Unit<V, 0>&, State<V> prev,
-                                                 V (&saved)[3]) {
+  template <class V>
+  GATEWISE_FN static V output(const V (&gx)[3], V gh_n, const Unit<V, 0>&, State<V> prev, V (&saved)[3]) {
     const V n = tanh(gx[2] + gh_n);
     saved[2] = n;
     return fma(saved[1], prev.h - n, n);
   }
-  template <class V> GATEWISE_FN static Staged<V> d_output(const V (&saved)[3], const Unit<V, 0>&, State<V> prev,
-                                                           V dh, V (&dgx)[3], V (&)[1]) {
+  template <class V> GATEWISE_FN static Staged<V> d_output(const V (&saved)[3], const Unit<V, 0>&, State<V> prev, V dh,
+                                                           V (&dgx)[3], V (&)[1]) {
     const V z = saved[1], n = saved[2];
     const V dn = dh * (V(1) - z) * d_tanh(n);
     dgx[1] = dh * (prev.h - n) * d_sigmoid(z);
@@ -372,7 +373,7 @@ struct IndRnnTanh : Plain {  // h = tanh(gx + w h)
 
 // Everything outside this file walks this list: kernels, tests, benchmarks, the Python names.
 template <class... Cell> struct List {};
-using Cells = List<RnnTanh, RnnRelu, Lstm, LstmPeephole, LstmCoupled, LstmNorm, Gru, GruResetBefore, GruNorm, IndRnnRelu,
-                   IndRnnTanh>;
+using Cells = List<RnnTanh, RnnRelu, Lstm, LstmPeephole, LstmCoupled, LstmNorm, Gru, GruResetBefore, GruNorm,
+                   IndRnnRelu, IndRnnTanh>;
 
 }}  // namespace gatewise::GATEWISE_ARCH
