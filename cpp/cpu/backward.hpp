@@ -43,6 +43,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const T* weights;
     T* d_weights;  // the caller's, or null
     T* packed;     // for products with the gradients, or null
+    T* mean;       // of a normed cell's columns, as in forward: the gradients of products have none, so nothing is lost
     T* sums;       // d_weights in packed layout, or null
     T* operand;    // the chunk's rows of what the weights are multiplied with, [tile of kRows columns][row][kRows]
 
@@ -50,6 +51,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
          T* d_weights, bool product)
         : columns(columns), units(units), block(block), gate(gate), weights(weights), d_weights(d_weights),
           packed(product ? arena.take<T>(Gates * units * ceil_div(columns, W) * W) : nullptr),
+          mean(Cell::normed && product ? arena.take<T>(2 * columns) : nullptr),
           sums(d_weights ? arena.take<T>(size()) : nullptr),
           operand(d_weights ? arena.take<T>(ceil_div(columns, kRows) * kRows * capacity) : nullptr) {}
 
@@ -116,6 +118,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void fill() {
     Base::fill();
     if (recomputes(call)) again.weights.prepare(problem.weights);
+    for_each_side([&](auto& side) {
+      if (side.mean && side.columns) column_means(side.weights, side.Gates * side.units, side.columns, side.mean);
+    });
   }
   static bool recomputes(const Backward<T>& call) { return call.problem.save != Save::all; }
   Index stage_columns() const { return projects || Cell::middle == Middle::product ? d.H : 0; }
@@ -494,7 +499,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       constexpr int Gates = std::remove_reference_t<decltype(side)>::Gates;
       const Range columns = share(column_groups<T>(side.columns), id, parts);
       for (Index q = columns.begin; q < columns.end && side.packed; ++q)
-        pack_columns<T, Gates>(side.weights, side.units, side.columns, side.gate, q, side.packed);
+        pack_columns<T, Gates>(side.weights, side.units, side.columns, side.gate, q, side.packed, side.mean);
       const Range sums = share(side.sums ? side.size() : 0, id, parts);
       if (side.sums) zero(side.sums + sums.begin, sums.size());
     });

@@ -209,13 +209,13 @@ void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w)
 }
 
 // The same matrix for products the other way, gates in and columns out: a column group is up to four registers of
-// columns. packed[group][panel][slot][unit][column] = w[gate(slot) * H + unit][column]
+// columns. packed[group][panel][slot][unit][column] = w[gate(slot) * H + unit][column], less the mean as in pack()
 constexpr int kColumnRegisters = GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 template <class T> Index column_groups(Index columns) { return ceil_div(columns, kColumnRegisters * Vec<T>::width); }
 
 template <class T, int Gates, class Gate>
-void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T* packed) {
+void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T* packed, const T* mean) {
   constexpr Index W = Vec<T>::width;
   const Index first = group * kColumnRegisters * W;
   const Index wide = least(kColumnRegisters, ceil_div(columns, W) - group * kColumnRegisters);
@@ -225,7 +225,11 @@ void pack_columns(const T* w, Index H, Index columns, Gate gate, Index group, T*
       for (Index row = gate(slot) * H + unit, end = row + least(W, H - unit); row < end; ++row, out += wide * W)
         for (Index v = 0; v < wide; ++v) {
           const Index column = first + v * W;
-          Vec<T>::load(w + row * columns + column, columns - column).store(out + v * W);
+          Vec<T> numbers = Vec<T>::load(w + row * columns + column, columns - column);
+          if (mean)
+            numbers = (numbers - Vec<T>::load(mean + column, columns - column)) -
+                      Vec<T>::load(mean + columns + column, columns - column);
+          numbers.store(out + v * W);
         }
 }
 
