@@ -87,6 +87,8 @@ def test_one_array_of_another_dtype(cell, name, dtype):
              "?": "bool", "O": "object"}[dtype]  # fmt: skip
     if name == "x" and dtype == "f8":  # x sets the dtype, so the first of the others is the odd one
         refused(CALLS[cell], kwargs, "^w_hh: expected float64 ", "got float32 ")
+    elif name == "x" and dtype == "f2":  # an x of 16 bits says that they are only storage
+        assert CALLS[cell](**kwargs)[0].dtype == np.float16
     else:
         refused(CALLS[cell], kwargs, f"^{name}: expected float32 ", f"got {wrong}")
 
@@ -149,7 +151,13 @@ def test_an_array_that_is_not_contiguous(name, layout):
     if kwargs[name].flags.c_contiguous:
         assert kwargs[name].ndim == 1  # a vector is in C and in Fortran order
         return
-    refused(gw.lstm, kwargs, f"^{name}: expected float32 ", "C-contiguous", "got .*(strided|contiguous)")
+    if name != "x":
+        refused(gw.lstm, kwargs, f"^{name}: expected float32 ", "C-contiguous", "got .*(strided|contiguous)")
+    elif kwargs[name].strides[-1] == kwargs[name].itemsize:  # the rows of x may lie anywhere
+        copied = gw.lstm(**{**kwargs, name: kwargs[name].copy()})
+        assert np.array_equal(gw.lstm(**kwargs)[0], copied[0])
+    else:
+        refused(gw.lstm, kwargs, "^x: expected float32 or float64 ", "last axis contiguous", "got .*last axis not contig")
 
 
 class OnTheGpu:
@@ -220,10 +228,88 @@ def test_a_cell_state_for_a_cell_without_one():
     for call in (gw.gru, gw.rnn):
         name = "gru" if call is gw.gru else "rnn_tanh"
         kwargs = {**arguments(name), "c0": np.zeros((N, H), np.float32)}
-        with pytest.raises(TypeError, match="'c0'"):
+        with pytest.raises(TypeError, match="c0"):
             call(**kwargs)
         with pytest.raises((ValueError, TypeError), match=r"^c0: expected None.*; got "):
             functional.forward(name, **kwargs)
+
+
+# ---- options: of a cell, of a step, of the layout ------------------------------------------------------------
+
+PEEPHOLES = np.zeros(3 * H, np.float32)
+NORMED = {"b_ih": None, "b_hh": None, "w_unit": np.ones(14 * H, np.float32)}
+FLAGS = np.zeros((T, N), bool)
+
+
+def f4(*shape):
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    "cell, options, words",
+    [
+        ("lstm", {"w_unit": PEEPHOLES}, ["^w_unit: expected None", "got "]),
+        ("lstm_peephole", {}, ["^w_unit: expected an array; got None"]),
+        ("lstm_peephole", {"w_unit": f4(2 * H)}, [r"^w_unit: expected float32 \(3\*H,\) = \(18,\)", r"got .*\(12,\)"]),
+        ("lstm_norm", {"w_unit": f4(14 * H)}, ["^b_ih: expected None", "w_unit"]),
+        ("lstm_norm", {**NORMED, "w_hr": f4(2, H)}, ["^w_hr: expected None", "lstm_norm"]),
+        ("gru", {"w_hr": f4(2, H)}, ["^w_hr: expected None", "gru"]),
+        ("lstm", {"w_hr": f4(H + 1, H)}, [r"^w_hr: expected .*\(R, H\)", r"got \(7, 6\)"]),
+        ("lstm", {"w_hr": f4(2, H)}, [r"^w_hh: expected float32 \(4\*H, R\) = \(24, 2\)", r"got .*\(24, 6\)"]),
+        ("lstm", {"h_mask": f4(N, H + 1)}, [r"^h_mask: expected float32 \(N, H\)", "got "]),
+        ("lstm", {"h_mask": FLAGS}, ["^h_mask: expected float32", "got bool"]),
+        ("lstm", {"reset": FLAGS.astype(int)}, [r"^reset: expected bool \(T, N\) = \(4, 3\)", "got int64"]),
+        ("lstm", {"reset": FLAGS.T.copy()}, [r"^reset: expected bool \(T, N\)", r"got bool \(3, 4\)"]),
+        ("lstm", {"reset": FLAGS, "reset_to": "h0"}, ["^reset_to: expected one of 'initial', 'zero'; got 'h0'"]),
+        ("lstm", {"zoneout_h": 1.0}, [r"^zoneout_h: expected a probability in \[0, 1\); got 1.0"]),
+        ("lstm", {"zoneout_c": -0.1}, ["^zoneout_c: expected a probability", "got -0.1"]),
+        ("lstm", {"zoneout_c": "much"}, ["^zoneout_c: expected a probability", "got 'much'"]),
+        ("lstm", {"zoneout_h": np.nan}, ["^zoneout_h: expected a probability", "got nan"]),
+        ("gru", {"zoneout_c": 0.1}, ["^zoneout_c: expected 0, for the cell has no c; got 0.1"]),
+        ("lstm", {"seed": -1}, [r"^seed: expected a whole number from 0 to 2\*\*64 - 1; got -1"]),
+        ("lstm", {"seed": 2**64}, ["^seed: expected a whole number", "got 18446744073709551616"]),
+        ("lstm", {"seed": 1.5}, ["^seed: expected a whole number", "got 1.5"]),
+        ("lstm", {"seed": True}, ["^seed: expected a whole number", "got True"]),
+        ("lstm", {"cell_clip": 0}, ["^cell_clip: expected a number above 0; got 0"]),
+        ("lstm", {"cell_clip": np.inf}, ["^cell_clip: expected a number above 0; got inf"]),
+        ("gru", {"cell_clip": 1.0}, ["^cell_clip: expected None, for the cell has no c; got 1.0"]),
+        ("lstm", {"save": "some"}, ["^save: expected one of 'all', 'states', 'checkpoints'; got 'some'"]),
+        ("lstm", {"save": 3}, ["^save: expected one of ", "got 3"]),
+        ("lstm", {"batch_first": 1}, ["^batch_first: expected True or False; got 1"]),
+        ("lstm", {"batch_sizes": np.array([3, 3])}, [r"^x: expected .*\(rows, I\)", r"got float32 \(4, 3, 5\)"]),
+        ("lstm", {"batch_sizes": np.array([3]), "batch_first": True}, ["^batch_first: expected False", "batch_sizes"]),
+        ("lstm", {"batch_sizes": np.array([3]), "lengths": np.array([1])}, ["^lengths: expected None", "batch_sizes"]),
+        ("lstm", {"batch_sizes": np.array([2, 3])}, ["^batch_sizes: expected .*none larger", "got 3 at step 1"]),
+        ("lstm", {"batch_sizes": np.array([2, 0])}, ["^batch_sizes: expected .*at least 1", "got 0 at step 1"]),
+        ("lstm", {"batch_sizes": np.array([2, 1]), "x": f4(4, I), "h0": None, "c0": None}, ["^batch_sizes: .*add up to the rows of x, 4; got 3"]),
+        ("lstm", {"batch_sizes": np.array([2**62, 2**62]), "x": f4(4, I)}, ["^(batch_sizes|h0): expected"]),
+        ("lstm", {"batch_sizes": [3, 1]}, ["^batch_sizes: expected int64", "got list"]),
+        ("indrnn_relu", {}, ["^w_hh: expected None, for the cell has no w_hh; got numpy"]),
+        ("indrnn_relu", {"w_hh": None, "h_mask": f4(N, H)}, ["^h_mask: expected None"]),
+    ],
+)
+def test_an_option_that_does_not_fit(cell, options, words):
+    kwargs = {**arguments("lstm" if cell.startswith("lstm") else "gru" if cell == "gru" else "rnn_tanh"), **options}
+    if cell == "indrnn_relu":
+        kwargs.setdefault("w_unit", f4(H))
+    for backend in ("cpu", "reference"):
+        refused(functional.forward, {"cell": cell, **kwargs, "backend": backend}, *words)
+
+
+def test_an_option_that_there_is_not():
+    refused(gw.lstm, {**arguments(), "peephole": True}, "peephole", "no such option", "zoneout_h", error=TypeError)
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"x": f4(2, 3)}, [r"^x: expected float32 \(T, N, width\)", r"got float32 \(2, 3\)"]),
+    ({"x": np.zeros((2, 3, 4), int)}, ["^x: expected float32", "got int64"]),
+    ({"p": 1.0}, ["^p: expected a probability", "got 1.0"]), ({"seed": -1}, ["^seed: expected a whole number"]),
+    ({"same_at_every_step": 1}, ["^same_at_every_step: expected True or False"]),
+    ({"x": f4(3, 4), "batch_sizes": np.array([2, 2])}, ["^batch_sizes: .*add up to the rows of x, 3; got 4"]),
+    ({"x": f4(3, 4), "batch_sizes": np.array([4, -1])}, ["^batch_sizes: "]),
+])  # fmt: skip
+def test_the_door_of_dropout(bad, words):
+    refused(_core.dropout, {"x": f4(2, 3, 4), "p": 0.5, "seed": 1, **bad}, *words)
 
 
 # ---- lengths -----------------------------------------------------------------------------------------------
@@ -588,7 +674,7 @@ def test_outputs_are_checked_before_anything_is_written(problem, name):
     refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
 
 
-@pytest.mark.parametrize("name", functional.Gradients._fields)
+@pytest.mark.parametrize("name", functional.Gradients._fields[:7])
 def test_gradients_going_out_are_checked(problem, name):
     forward = core_arrays(problem)
     _core.forward(problem, **forward, threads=1)
@@ -597,7 +683,8 @@ def test_gradients_going_out_are_checked(problem, name):
     scratch = np.empty(problem.sizes[3], np.uint8)
 
     def call(**outputs):
-        _core.backward(problem, **taped, **incoming(), **outputs, scratch=scratch, threads=1)
+        gradients = [outputs.get(field) for field in functional.Gradients._fields]
+        _core.backward(problem, **taped, **incoming(), gradients=gradients, scratch=scratch, threads=1)
 
     call(**out)
     call(**{**out, name: None})  # not wanted

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gatewise import bench, cli, peers
-from gatewise.problems import GATES, OPTIONS, Inputs, Problem, draw, gradients_of
+from gatewise.problems import GATES, OPTIONS, Inputs, Problem, draw, fits, gradients_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Problem.parse("lstm:T3,N2,I3,H4:f32:train")
@@ -51,10 +51,18 @@ def test_a_set_round_trips_through_strings_and_says_nothing_twice(name):
 
 
 def test_every_option_round_trips_and_the_order_of_words_does_not_matter():
-    every, backwards = ",".join(OPTIONS), ",".join(reversed(OPTIONS))
-    problem = Problem.parse(f"gru:T7,N3,I5,H9:f64:{every}")
-    assert Problem.parse(str(problem)) == problem == Problem.parse(f"gru:T7,N3,I5,H9:f64:{backwards}")
-    assert problem.options == OPTIONS.keys() - {"train"}
+    seen = set()
+    for others in ("reset expected states batch", "reset0 zoneout checkpoints packed"):
+        every: list[str] = []
+        for option in (*others.split(), *OPTIONS):
+            every += [option] * fits("lstm", [*every, option])
+        problem = Problem.parse(f"lstm:T7,N3,I5,H9:f64:{','.join(every)}")
+        backwards = ",".join(reversed(every))
+        assert Problem.parse(str(problem)) == problem == Problem.parse(f"lstm:T7,N3,I5,H9:f64:{backwards}")
+        seen |= problem.options
+    assert seen == OPTIONS.keys() - {"train"}
+    with pytest.raises(ValueError, match="does not have all these options, or they exclude each other"):
+        Problem.parse("gru:T7,N3,I5,H9:f64:clip")
     assert str(TINY) == "lstm:T3,N2,I3,H4:f32:train"
     assert str(Problem.parse("lstm:T3,N2,I3,H4:f32:h0,lengths")) == "lstm:T3,N2,I3,H4:f32:lengths,h0"
 
@@ -203,7 +211,10 @@ def claims():
         texts += [f"{cell}:f32:{o}" for cell in ("lstm", "gru") for o in sorted(peer.options - {"train", "infer"})]
         texts += [f"{cell}:f32:infer,{o}" for cell in ("lstm", "gru") for o in ("half", "lengths", "reverse", "h0")]
         texts += [f"{cell}:f32:half,h0" for cell in ("lstm", "gru")]
+        texts += [f"{cell}:f32:{o}" for cell in GATES if cell not in CELLS for o in ("train", "infer", "stream")]
         for cell, dtype, options in (text.split(":") for text in dict.fromkeys(texts)):
+            if not fits(cell, options.split(",")):
+                continue
             problem = Problem.parse(f"{cell}:T5,N3,I4,H6:{dtype}:{options}")
             if peer.refuses(problem) is None:
                 yield pytest.param(name, problem, id=f"{name}-{problem}")

@@ -186,27 +186,35 @@ def select(names: Iterable[str]) -> list[tuple[str, Problem]]:
 
 
 def flops(problem: Problem, inputs: Inputs) -> float:
-    """Multiplications and additions of the products: forward 2 G H (I + H) a row, backward twice that, less the part
-    that only the gradient of x needs. The cells' own arithmetic is not counted."""
-    rows, I, H = _rows(problem, inputs), problem.I, problem.H
-    columns = (3 * (I + H) - I * ("nodx" in problem.options)) if problem.trains else I + H
-    return 2.0 * rows * GATES[problem.cell] * H * columns
+    """Multiplications and additions of the products: forward 2 G H (I + R) a row, and 2 R H of a projection; backward
+    twice that, less the part that only the gradient of x needs. Neither the cells' own arithmetic nor what is computed
+    a second time is counted."""
+    rows, I, H, R = _rows(problem, inputs), problem.I, problem.H, problem.R
+    of_h = GATES[problem.cell] * H * R * _core.cells[problem.cell]["product"] + R * H * ("project" in problem.options)
+    of_x = GATES[problem.cell] * H * I
+    passes = (3 * of_h + (3 - ("nodx" in problem.options)) * of_x) if problem.trains else of_h + of_x
+    return 2.0 * rows * passes
 
 
 def least_bytes(problem: Problem, inputs: Inputs) -> float:
     """Bytes that must move even with an endless cache: every argument and result once, the tape out and in again;
     when streaming, the weights at every step. Biases and states of a layer are not counted."""
-    cell, (T, I, H) = _core.cells[problem.cell], (problem.T, problem.I, problem.H)
-    rows, weights = _rows(problem, inputs), cell["G"] * H * (I + H)
-    numbers = rows * (I + H) + weights * (T if "stream" in problem.options else 1)
+    cell, (T, I, H, R) = _core.cells[problem.cell], (problem.T, problem.I, problem.H, problem.R)
+    weights = cell["G"] * H * (I + R * cell["product"]) + cell["U"] * H + R * H * ("project" in problem.options)
+    rows = _rows(problem, inputs)
+    numbers = rows * (I + R) + weights * (T if "stream" in problem.options else 1)
     if problem.trains:
-        numbers += rows * (I * ("nodx" not in problem.options) + H) + weights
-        numbers += 2 * rows * (cell["S"] + cell["has_c"]) * H
+        few = {"states": cell["has_c"], "checkpoints": 0}
+        kept = next((few[save] for save in few if save in problem.options), cell["S"] + cell["has_c"])
+        numbers += rows * (I * ("nodx" not in problem.options) + R) + weights
+        numbers += 2 * rows * kept * H
     return float(numbers * np.dtype(DTYPES[problem.dtype]).itemsize)
 
 
 def _rows(problem: Problem, inputs: Inputs) -> int:
     """Steps of all sequences together."""
+    if inputs.batch_sizes is not None:
+        return int(inputs.batch_sizes.sum())
     return problem.T * problem.N if inputs.lengths is None else int(inputs.lengths.sum())
 
 
@@ -233,7 +241,7 @@ def verify(problem: Problem, party: str, results: dict[str, Array], truth: dict[
     1 - s of a saturated gate is only known to that, and what underflows on the way is allowed to be 0.
     """
     truth = _truth(problem) if truth is None else truth
-    absent = {"y"} if not problem.trains else {"y", "dw_ih", "dw_hh"}
+    absent = {"y"} if not problem.trains else {"y", *({"dw_ih", "dw_hh"} & truth.keys())}
     if absent := absent - results.keys():
         raise WrongAnswer(f"{problem}: {party} shows no {', '.join(sorted(absent))}")
     dtype, sizes = np.dtype(DTYPES[problem.dtype]).name, (problem.T, problem.N, problem.I, problem.H)

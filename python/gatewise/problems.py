@@ -199,7 +199,7 @@ def draw(problem: Problem) -> Inputs:
         wide[::-2, ..., 1 : I + 1] = inputs.x
         inputs = inputs._replace(x=wide[::-2, ..., 1 : I + 1])
     if has("nan"):
-        inputs.x[:1, ..., :1] = np.nan
+        inputs.x[(slice(1),) * inputs.x.ndim] = np.nan
     return inputs
 
 
