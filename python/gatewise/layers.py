@@ -490,7 +490,7 @@ class Layer:
             return None
         h_mask = None
         if seed is not None and self.recurrent_dropout:
-            N = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+            N = x.shape[0 if self.batch_first else 1] if batch_sizes is None else int(np.max(batch_sizes, initial=0))
             h_mask = self._row_mask(N, self.output_size // self.directions, self.recurrent_dropout, k, _STATE, seed)
         return (
             w_unit, w_hr, h_mask, reset, reset_to, *self.zoneout,
