@@ -115,7 +115,7 @@ def torch_loop(cell: str, options: dict[str, Any], p: dict[str, torch.Tensor]) -
         share = options.get(f"zoneout_{name}", 0.0)
         kept = np.full((T, N, width), share) if seed is None else numpy_kept(seed, (T, N, width), share, name == "c")
         k[name] = torch.tensor(kept, dtype=x.dtype)
-    mask = torch.tensor(options.get("h_mask", np.ones((N, R))))
+    mask = torch.tensor(options.get("h_mask", np.ones((N, R))), dtype=x.dtype)
     h, c, y = h0, c0, torch.zeros(T, N, R, dtype=x.dtype)
     for step in range(T):
         on = step < lengths

@@ -34,28 +34,19 @@ Array = np.ndarray
 Results = dict[str, Array]
 Tensors = dict[str, torch.Tensor]
 
-# Words of a problem that are as good for a layer: "project" is its proj_size, "mask" its recurrent dropout, "h0" none.
-SHARED = [*("lengths", "half", "empty", "nobias", "reset", "reset0", "mask", "clip", "project", "batch", "packed")]
-SHARED += ["strided", "states", "checkpoints"]
-RATES = {"dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.25, "zoneout_h": 0.3, "zoneout_c": 0.4}
-RECURRENT, CLIP = 0.35, 0.3
-OWN = {
-    "layers2": "two layers",
-    "layers3": "three layers",
-    "bidirectional": "in both directions",
-    **{name: f"a probability of {p}" for name, p in RATES.items()},
-    "variational": "the same elements dropped at every step",
-    "state_h": "an initial h is given",
-    "state_c": "an initial c is given",
-    "dstate_h": "there is a gradient of the final h",
-    "dstate_c": "there is a gradient of the final c",
-    "nody": "there is no gradient of y",
-    "some": "only some of the gradients are wanted",
-    "threads2": "two threads",
-    "threads3": "three threads",
-}
-EXCLUDE = [{"layers2", "layers3"}, {"threads2", "threads3"}]
+# Of each line one word, or none. Words of a problem are as good for a layer: "mask" is its recurrent dropout, "project" its
+# proj_size. The others are a layer's own, or of its call: which parts there are of the initial state and of the gradient
+# coming in, and that only some gradients are wanted.
+CHOICES = [
+    *(("layers2", "layers3"), ("bidirectional",), ("nobias",), ("project",), ("clip",), ("threads2", "threads3")),
+    *(("dropout",), ("input_dropout",), ("variational",), ("weight_dropout",), ("mask",), ("zoneout_h",), ("zoneout_c",)),
+    *(("lengths", "half", "packed"), ("batch",), ("strided",), ("reset", "reset0"), ("states", "checkpoints")),
+    *(("state_h",), ("state_c",), ("dstate_h",), ("dstate_c",), ("nody",), ("some",)),
+]
+OWN = [word for words in CHOICES for word in words if word not in problems.OPTIONS]
 NEEDS_C = {"zoneout_c", "state_c", "dstate_c"}
+RATES = {"dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.25, "mask": 0.35, "zoneout_h": 0.3, "zoneout_c": 0.4}
+CLIP = 0.3
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class Case:
     def parse(cls, text: str) -> Case:
         head, _, words = text.rpartition(":")
         rest = [word for word in words.split(",") if word not in OWN]
-        return cls(Problem.parse(f"{head}:{','.join(rest) or 'train'}"), frozenset(words.split(",")) & OWN.keys())
+        return cls(Problem.parse(f"{head}:{','.join(rest) or 'train'}"), frozenset(words.split(",")) & {*OWN})
 
     def __str__(self) -> str:
         return ",".join([str(self.problem), *(word for word in OWN if word in self.own)])
@@ -79,15 +70,26 @@ class Case:
 
     def with_word(self, word: str) -> Case:
         """With one word more, or as it is where that does not go with the cell or with the words that it has."""
-        cell, own, options = gw.cells()[self.problem.cell], self.own, self.problem.options
+        cell = gw.cells()[self.problem.cell]
         if word in OWN:
-            own |= {word}
             fits = (cell["has_c"] or word not in NEEDS_C) and (cell["product"] or word != "weight_dropout")
-            fits = fits and not any(pair <= own for pair in EXCLUDE)
-        else:
-            options |= {word}
-            fits = problems.fits(self.problem.cell, options) and not (word == "nobias" and cell["normed"])
-        return Case(replace(self.problem, options=options), own) if fits else self
+            return replace(self, own=self.own | {word}) if fits else self
+        options = self.problem.options | {word}
+        fits = problems.fits(self.problem.cell, options) and not (word == "nobias" and cell["normed"])
+        return replace(self, problem=replace(self.problem, options=options)) if fits else self
+
+    @property
+    def D(self) -> int:
+        return 1 + ("bidirectional" in self)
+
+    @property
+    def N(self) -> int:
+        """Rows of the batch: packed, there are none without a step."""
+        return self.problem.N * (self.problem.T > 0 or "packed" not in self)
+
+    @property
+    def states(self) -> str:
+        return "hc" if gw.cells()[self.problem.cell]["has_c"] else "h"
 
     def count(self, what: str) -> int:
         return next((many for many in (2, 3) if f"{what}{many}" in self), 1)
@@ -101,7 +103,7 @@ class Case:
             p.cell, p.I, p.H, self.count("layers"), bidirectional="bidirectional" in self, bias="nobias" not in self,
             batch_first="batch" in self, proj_size=p.R * ("project" in self), cell_clip=CLIP if "clip" in self else None,
             dropout=self.rate("dropout"), input_dropout=self.rate("input_dropout"),
-            weight_dropout=self.rate("weight_dropout"), recurrent_dropout=RECURRENT * ("mask" in self),
+            weight_dropout=self.rate("weight_dropout"), recurrent_dropout=self.rate("mask"),
             zoneout=(self.rate("zoneout_h"), self.rate("zoneout_c")), variational="variational" in self,
             save=next((word for word in ("states", "checkpoints") if word in self), "all"),
             random_state=1, **machine,
@@ -133,16 +135,14 @@ class Call(NamedTuple):
 
 
 def draw(case: Case, layer: Layer) -> Call:
-    p, inputs = case.problem, problems.draw(case.problem)
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    N = p.N if inputs.batch_sizes is None else int(inputs.batch_sizes[:1].sum())
+    inputs, rng = problems.draw(case.problem), np.random.default_rng(zlib.crc32(str(case).encode()))
 
     def normal(*shape: int) -> Array:
         return rng.normal(size=shape).astype(inputs.x.dtype)
 
     def states(word: str) -> Results:
-        sizes = {"h": (layer.num_layers * layer.directions, N, p.R), "c": (layer.num_layers * layer.directions, N, p.H)}
-        return {name: normal(*size) for name, size in sizes.items() if word + name in case}
+        sizes = {"h": case.problem.R, "c": case.problem.H}
+        return {s: normal(case.count("layers") * case.D, case.N, sizes[s]) for s in case.states if word + s in case}
 
     dy = None if "nody" in case else normal(*inputs.x.shape[:-1], layer.output_size)
     wanted = [name for name in (*layer.parameters, "x", "state") if rng.random() < 0.5] if "some" in case else None
@@ -172,20 +172,20 @@ def run(case: Case, layer: Layer, call: Call) -> tuple[Results, int | None]:
 def dropped(a: torch.Tensor, p: float, seed: int, same_at_every_step: bool = False) -> torch.Tensor:
     """a [T, N, K] under the documented mask."""
     T, N, K = a.shape
-    return a * torch.tensor(~numpy_kept(seed, (min(T, 1) if same_at_every_step else T, N, K), p) / (1 - p))
+    kept = ~numpy_kept(seed, (min(T, 1) if same_at_every_step else T, N, K), p)
+    return a * torch.tensor(kept / (1 - p), dtype=a.dtype)
 
 
 def stack(case: Case, leaves: Tensors, call: Call, seed: int | None) -> Tensors:
     """y, h and c of loops in PyTorch, one on the other; without a seed, those of inference."""
-    x, N, D = leaves["x"], leaves["h"].shape[1], 1 + ("bidirectional" in case)
-    lengths, reset = call.lengths, call.reset
+    x, N, D, lengths, reset = leaves["x"], case.N, case.D, call.lengths, call.reset
     if call.batch_sizes is not None:  # rows are the valid steps, step by step
         valid = torch.tensor(np.arange(N) < call.batch_sizes[:, None])
         lengths = valid.sum(0).numpy()
         x = x.new_zeros(*valid.shape, x.shape[1]).masked_scatter(valid[:, :, None], x)
         if reset is not None:
             reset = np.zeros(valid.shape, bool)
-            reset[valid] = call.reset
+            reset[valid.numpy()] = call.reset
     elif "batch" in case:
         x, reset = x.transpose(0, 1), None if reset is None else reset.T
     options = {
@@ -209,84 +209,100 @@ def stack(case: Case, leaves: Tensors, call: Call, seed: int | None) -> Tensors:
                 rate, of_input = case.rate("dropout" if layer else "input_dropout"), layers._seed_of(seed, k, layers._INPUT)
                 x = dropped(x, rate, of_input, "variational" in case)
             if "w_hh" in p:
-                ones = torch.ones(1, *leaves["h"].shape[1:])
-                options["h_mask"] = dropped(ones, RECURRENT * ("mask" in case), state)[0].numpy()
+                ones = torch.ones(1, *leaves["h"].shape[1:], dtype=x.dtype)
+                options["h_mask"] = dropped(ones, case.rate("mask"), state)[0].numpy()
                 p["w_hh"] = dropped(p["w_hh"][None], case.rate("weight_dropout"), weight)[0]
-        states = {f"{s}0": leaves[s][k] for s in "hc" if s in leaves}
+        states = {f"{s}0": leaves[s][k] for s in case.states}
         outputs.append(torch_loop(case.problem.cell, options, {**p, **states, "x": x}))
         if direction == D - 1:
             x = torch.cat([out["y"] for out in outputs[-D:]], 2)
     y = x[valid] if call.batch_sizes is not None else x.transpose(0, 1) if "batch" in case else x
-    return {"y": y, **{s: torch.stack([out[f"{s}n"] for out in outputs]) for s in "hc" if s in leaves}}
+    return {"y": y, **{s: torch.stack([out[f"{s}n"] for out in outputs]) for s in case.states}}
 
 
-def truth(case: Case, weights: Results, call: Call, seed: int | None) -> Results:
-    """What `run` returns, by the stack of loops in float64."""
-    p, N = case.problem, case.problem.N if call.batch_sizes is None else int(call.batch_sizes[:1].sum())
-    sizes = {"h": p.R, "c": p.H} if gw.cells()[p.cell]["has_c"] else {"h": p.R}
-    count = case.count("layers") * (1 + ("bidirectional" in case))
-    zeros = {name: np.zeros((count, N, size)) for name, size in sizes.items()}
+def by_loops(case: Case, weights: Results, call: Call, seed: int | None, dtype: torch.dtype) -> Results:
+    """What `run` returns, of the stack of loops."""
+    sizes = {"h": case.problem.R, "c": case.problem.H}
+    zeros = {s: np.zeros((case.count("layers") * case.D, case.N, sizes[s])) for s in case.states}
     arrays = {**weights, "x": call.x, **zeros, **call.state}
-    leaves = {name: torch.tensor(a.astype(np.float64), requires_grad=True) for name, a in arrays.items()}
-    inferred, out = stack(case, leaves, call, None), stack(case, leaves, call, seed)
-    loss = sum((out[name] * torch.tensor(d)).sum() for name, d in {"y": call.dy, **call.dstate}.items() if d is not None)
-    gradients = torch.autograd.grad(loss + 0 * leaves["x"].sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    results = {f"inferred {name}": a for name, a in inferred.items()} | out
+    leaves = {name: torch.tensor(a.copy(), dtype=dtype, requires_grad=True) for name, a in arrays.items()}
+    results = {f"inferred {name}": a for name, a in stack(case, leaves, call, None).items()}
+    results |= stack(case, leaves, call, seed)
+    incoming = {name: d for name, d in {"y": call.dy, **call.dstate}.items() if d is not None}
+    loss = 0 * leaves["x"].sum() + sum((results[name] * torch.tensor(d)).sum() for name, d in incoming.items())
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     for name, gradient in zip(leaves, gradients):
-        if call.wanted is None or ("state" if name in sizes else name) in call.wanted:
-            results["dstate_" * (name in sizes) + "d" * (name not in sizes) + name] = gradient
+        if call.wanted is None or ("state" if name in zeros else name) in call.wanted:
+            results[f"dstate_{name}" if name in zeros else f"d{name}"] = gradient
     return {name: a.detach().numpy() for name, a in results.items()}
 
 
-def bound(case: Case, dtype: np.dtype[Any], name: str) -> float:
-    """The largest relative error accepted of a result: that of `gatewise check`, once for each layer.
+def bound(case: Case, eps: float, name: str) -> float:
+    """The largest relative error accepted of a result without further questions: of each layer, that of `gatewise check`.
 
-    What a layer gets wrong the next one hands on, about as large as it was: weights of 1/sqrt(H) and gates with slopes
-    below 1 do not amplify it. So errors add up, on the way up and, for a gradient, on the way down again.
+    What a layer gets wrong the next one hands on, about as large as it was, for weights of 1/sqrt(H) and gates with
+    slopes below 1 do not amplify it. So errors add up: upwards and, for a gradient, downwards again.
     """
-    p, L = case.problem, case.count("layers")
-    kind = name.split("_l")[0].replace("weight", "w").replace("bias", "b")  # dweight_ih_l0 -> dw_ih
-    wide = p.R * (1 + ("bidirectional" in case))
-    inputs = [p.I] + [wide] * (L - 1)
-    return sum(gw.check.bound(p.cell, dtype.name, (p.T, p.N, I, p.H), "dh0" if kind == "dstate" else kind) for I in inputs)
+    p = case.problem
+    kind = "dh0" if name.startswith("dstate") else name.split("_l")[0].replace("weight", "w").replace("bias", "b")
+    inputs = [p.I] + [case.D * p.R] * (case.count("layers") - 1)
+    return eps * sum(gw.check.bound(p.cell, "float64", (p.T, p.N, I, p.H), kind) for I in inputs) / np.finfo("f8").eps
 
 
 def check(case: Case) -> float:
-    """Assert that both backends are right, and return the largest error as a share of its bound."""
+    """Assert that both backends are right, and return the largest error as a share of its bound.
+
+    Errors are relative to the largest output or, of gradients, to the largest that goes in or comes out: one that came
+    out small may owe that to a cancellation or to a saturated gate. Where a result is off by more than `bound` the
+    numbers themselves may be at fault, such as a nearly constant c that a layer norm divides by its deviation: the loops
+    in float32 say so, and twice their error is accepted, in float64 as many roundings.
+    """
     cpu = case.layer(backend="cpu", dtype=problems.DTYPES[case.problem.dtype], num_threads=case.count("threads"))
-    exact = case.layer(backend="reference", dtype=np.float64)
-    exact.load_state_dict(cpu.state_dict())
+    reference = case.layer(backend="reference", dtype=np.float64)
+    reference.load_state_dict(cpu.state_dict())
     call, worst = draw(case, cpu), 0.0
-    want: Results | None = None
-    for layer in (cpu, exact):
-        results, seed = run(case, layer, call if layer is cpu else call.astype(np.float64))
-        want = want or truth(case, layer.state_dict(), call, seed)
+    want: Results = {}
+    for layer in (cpu, reference):
+        results, seed = run(case, layer, call.astype(layer.dtype))
+        given = layer.state_dict(), call, seed
+        want = want or by_loops(case, *given, torch.float64)
         assert results.keys() == want.keys(), f"{case}: results {set(results) ^ set(want)}"
+        eps = float(np.finfo(layer.dtype).eps)
         for name, value in results.items():
             assert value.dtype == layer.dtype, f"{case}: {name} is {value.dtype}"
-            scale = max(np.abs(a).max(initial=0.0) for other, a in want.items() if other[0] == "d" == name[0] or other[0] != "d" != name[0])
-            error, limit = problems.distance(value, want[name]), bound(case, layer.dtype, name) * scale + np.finfo(layer.dtype).tiny
-            if not (error <= limit):
-                raise AssertionError(f"{case}: {layer.backend}: {name} is off by {error:.3g}, more than {limit:.3g}")
-            worst = max(worst, error / limit)
+            alike = [a for other, a in want.items() if other.startswith("d") == name.startswith("d")]
+            alike += [d for d in (call.dy, *call.dstate.values()) if d is not None and name.startswith("d")]
+            scale = max(float(np.abs(a).max(initial=0.0)) for a in alike)
+            error, accepted = problems.distance(value, want[name]), bound(case, eps, name) * scale
+            if not error <= accepted:
+                narrow = by_loops(case, *given, torch.float32)
+                accepted += 2 * problems.distance(narrow[name], want[name]) * eps / float(np.finfo("f4").eps)
+            if not error <= accepted:
+                raise AssertionError(f"{case}: {layer.backend}: {name} is off by {error:.3g}, more than {accepted:.3g}")
+            worst = max(worst, error / accepted) if error else worst
     return worst
 
 
-@st.composite
-def cases(drawn: st.DrawFn) -> str:
-    cell = drawn(st.sampled_from(list(gw.cells())))
-    least = 8 if gw.cells()[cell]["normed"] else 1  # of a few numbers, the deviation may be next to nothing
-    T, N, I, H = (drawn(st.integers(*range_)) for range_ in ((0, 10), (0, 6), (1, 12), (least, 40)))
-    case = Case(Problem(cell, T, N, I, H, drawn(st.sampled_from(["f32", "f64"])), frozenset()))
-    for word in drawn(st.lists(st.sampled_from([*SHARED, *OWN]), min_size=3, max_size=20, unique=True)):
-        case = case.with_word(word)
-    return str(case)
+def cases(cell: str) -> st.SearchStrategy[str]:
+    least = 8 if gw.cells()[cell]["normed"] else 1  # of fewer numbers the deviation may be next to nothing
+
+    def case(T: int, N: int, I: int, H: int, dtype: str, words: tuple[str, ...]) -> str:
+        case = Case(Problem(cell, T, N, I, H, dtype, frozenset()))
+        for word in filter(None, words):
+            case = case.with_word(word)
+        return str(case)
+
+    sizes = (st.integers(0, 10), st.integers(0, 6), st.integers(1, 12), st.integers(least, 40))
+    words = st.tuples(*(st.sampled_from(["", *words]) for words in CHOICES))
+    return st.builds(case, *sizes, st.sampled_from(["f32", "f64"]), words)
 
 
-@given(cases())
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_combination(text: str) -> None:
+@pytest.mark.parametrize("cell", gw.cells())
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_combination(cell: str, data: st.DataObject) -> None:
     pytest.importorskip("numba")
+    text = data.draw(cases(cell))
     case = Case.parse(text)
     assert str(case) == text
     check(case)
