@@ -139,7 +139,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void product(const Side& side, const Gradients<T>* gates, Index columns, Index count, Range groups, Index step, F f) {
     constexpr int Gates = Side::Gates;
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
-      const Index q = there_and_back(step, turn, groups);
+      const Index q = there_and_back<Cell>(step, turn, groups);
       const Index first_register = q * kColumnRegisters;
       const Index registers = least(kColumnRegisters, ceil_div(columns, W) - first_register);
       const T* weights = side.packed + first_register * W * Gates * side.units;

@@ -223,7 +223,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     constexpr int per_group = Panels<product_gates>::per_group;
     if (per_group != Facts::group) groups = {0, ceil_div(P, per_group)};  // the gates of a staged cell: never shared
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
-      const Index q = there_and_back(s, turn, groups);
+      const Index q = there_and_back<Cell>(s, turn, groups);
       const Index panels = Panels<product_gates>::in_group(q, P);
       const Index registers = Panels<product_gates>::registers(q, d.H, W);
       const Segments row_of_h = one_segment(d.R);
@@ -335,7 +335,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   void only_step(Index s, Range positions, Range groups) {
     const Index chunk = rows.offset[s];
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
-      const Index q = there_and_back(call.from_the_last, turn, groups);
+      const Index q = there_and_back<Cell>(call.from_the_last, turn, groups);
       project(chunk, {chunk + positions.begin, chunk + positions.end}, {q, q + 1});
       step(s, chunk, positions, {q, q + 1});
     }

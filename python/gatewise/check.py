@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nan, sqrt
@@ -347,13 +347,24 @@ def sizes_of(cell: str, option: Option) -> list[tuple[int, int, int, int]]:
     return [sizes for sizes in option.sizes if sizes[3] > 1 or not _core.cells[cell]["normed"]]
 
 
-def table() -> str:
-    """Which feature runs for which cell, and on which backend, as Markdown; every mark is a row of the matrix."""
-    cells = list(_core.cells)
+def table(rows: Sequence[Row]) -> str:
+    """Rows of the matrix in short, as Markdown: for every feature and cell the backends on which all rows passed."""
+    places = list(dict.fromkeys(row.backend for row in rows))
+    cells = [cell for cell in _core.cells if any(row.cell == cell for row in rows)]
     lines = ["| | " + " | ".join(f"`{cell}`" for cell in cells) + " |", "| --- |" + " :-: |" * len(cells)]
     for option in (option for option in OPTIONS if option.feature):
-        lines.append(f"| {option.name} | " + " | ".join("✓" if has(cell, option) else "" for cell in cells) + " |")
-    return "\n".join(lines)
+        marks = []
+        for cell in cells:
+            of_both = [row for row in rows if (row.cell, row.option) == (cell, option.name)]
+            passed = [place for place in places if _all_ok(row for row in of_both if row.backend == place)]
+            marks.append("" if not of_both else "✓" if passed == places else ", ".join(passed) or "–")
+        lines.append(f"| {option.name} | " + " | ".join(marks) + " |")
+    return "\n".join([*lines, "", f"✓: {', '.join(places)}; float32 and float64."])
+
+
+def _all_ok(rows: Iterable[Row]) -> bool:
+    oks = [row.ok for row in rows]
+    return len(oks) > 0 and all(oks)
 
 
 @dataclass(frozen=True)

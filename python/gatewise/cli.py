@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="fewer options of each cell")
     check.add_argument("--cell", action="append", metavar="NAME", help="only this cell (may be repeated)")
     check.add_argument("--backend", metavar="NAME", help="only this backend")
+    check.add_argument("--table", action="store_true", help="what runs where, as Markdown, instead of the rows")
     check.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     check.set_defaults(run=_check)
 
@@ -94,9 +95,11 @@ def _check(options: argparse.Namespace) -> int:
     from . import check
 
     places = check.runnable(options.backend)
-    matrix = check.matrix(options.cell, places, check.QUICK if options.quick else None)
+    features = [option.name for option in check.OPTIONS if option.feature]
+    chosen = features if options.table else check.QUICK if options.quick else None
+    matrix = check.matrix(options.cell, places, chosen)
     truth = check.truth_backend()[0]
-    show: Callable[[str], None] = _silent if options.json else print
+    show: Callable[[str], None] = _silent if options.json or options.table else print
     start = time.perf_counter()
     show(f"gatewise {__version__}: relative errors against the {truth} backend in float64\n")
     if truth != "reference":
@@ -115,6 +118,8 @@ def _check(options: argparse.Namespace) -> int:
     count = len(rows) + len(functions)
     passed = sum(row.ok for row in rows) + sum(row.ok for row in functions)
     show(f"\n{passed} of {count} checks passed in {time.perf_counter() - start:.0f} s")
+    if options.table:
+        print(check.table(rows))
     if options.json:
         document = {"gatewise": __version__, "truth": truth, "ok": passed == count}
         tables = {"matrix": [_plain(row) for row in rows], "functions": [_plain(row) for row in functions]}
