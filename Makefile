@@ -12,7 +12,7 @@ demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 	$(BIN)/gatewise demo $(ARGS)
 
 test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 bench: $(VENV)/bench.stamp ## measure against other libraries, write benchmarks/results; ARGS="--sets grid --arch avx2"
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr --benchmark-group-by=group $(ARGS)

@@ -98,7 +98,7 @@ class Array {
   void* data_ = nullptr;
   int ndim_ = 0, flags_ = 0;
   py::ssize_t item_ = 0;  // bytes of an element
-  char format_ = '\0';  // of a single number in the machine's byte order, else 0
+  char format_ = '\0';    // of a single number in the machine's byte order, else 0
   py::ssize_t first_[kShown] = {}, strides_[kShown] = {};
   const py::ssize_t* shape_ = nullptr;  // read only to describe an array that is refused
   py::object owner_;

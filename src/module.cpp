@@ -1,14 +1,14 @@
 // gatewise._core: the kernels as Python sees them. No mathematics and no policy: borrow every array, release the
 // GIL, call. `forward` and `backward` write into arrays that are lent to them. `run_forward` and `run_backward`, a
 // whole call each, make those arrays and lend them in turn: from Python that would cost more than a small layer does.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <memory>
 #include <utility>
 #include <vector>
-
-#include <pybind11/stl.h>
 
 #include "gatewise/random.hpp"
 #include "packed.hpp"
@@ -106,8 +106,8 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
   const Shapes<T> s{p};
   const bool has_c = p.kernels.info.has_c;
   require(y, "y", true, ""), require(hn, "hn", true, "");
-  const Array y_ = s.steps(y, "y", s.R_, true), hn_ = s.out(hn, "hn", {s.N_, s.R_}), cn_ = s.out(cn, "cn", {s.N_, s.H_}),
-              saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
+  const Array y_ = s.steps(y, "y", s.R_, true), hn_ = s.out(hn, "hn", {s.N_, s.R_}),
+              cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
               states_ = s.buffer(states, "states", p.sizes.states, true), ticks_ = borrow_ticks(ticks);
   require(cn, "cn", has_c, kNoC);
   if (p.save() != Save::all) require(saved, "saved", false, kNotKept);
@@ -224,22 +224,36 @@ py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py
     const py::ssize_t rows = p.kernels.info.G * H, own = p.kernels.info.U * H;
     GradientArrays out;
     for (std::size_t i = 0; i < kGradientCount; ++i) {
-      const bool is_wanted =
-          wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(kGradients[i]).ptr()) == 1;
+      const bool is_wanted = wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(kGradients[i]).ptr()) == 1;
       if (!is_wanted || has_no(p, kGradients[i])) {
         out[i] = py::none();
         continue;
       }
       switch (i) {
-        case 0: out[i] = empty_steps<E>(p, I); break;
-        case 1: out[i] = empty<E>({N, R}); break;
-        case 2: out[i] = empty<E>({N, H}); break;
-        case 3: out[i] = empty<E>({rows, I}); break;
-        case 4: out[i] = empty<E>({rows, R}); break;
+        case 0:
+          out[i] = empty_steps<E>(p, I);
+          break;
+        case 1:
+          out[i] = empty<E>({N, R});
+          break;
+        case 2:
+          out[i] = empty<E>({N, H});
+          break;
+        case 3:
+          out[i] = empty<E>({rows, I});
+          break;
+        case 4:
+          out[i] = empty<E>({rows, R});
+          break;
         case 5:
-        case 6: out[i] = empty<E>({rows}); break;
-        case 7: out[i] = empty<E>({own}); break;
-        default: out[i] = empty<E>({R, H});
+        case 6:
+          out[i] = empty<E>({rows});
+          break;
+        case 7:
+          out[i] = empty<E>({own});
+          break;
+        default:
+          out[i] = empty<E>({R, H});
       }
       if (i < 3) continue;  // overwritten; the weights' are added to
       py::array numbers = py::reinterpret_borrow<py::array>(out[i]);
@@ -305,7 +319,8 @@ py::object dropout(py::handle x, py::handle p, py::handle seed, py::handle same,
     Index rows = 0;
     for (const Index size : sizes) rows += size < 0 ? array.size(0) + 1 : size;
     if (rows != array.size(0))
-      fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(array.size(0)), std::to_string(rows));
+      fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(array.size(0)),
+           std::to_string(rows));
   }
   return array.is("d") ? drop_out<double>(array, probability, number, same_mask, by_batch, sizes)
                        : drop_out<float>(array, probability, number, same_mask, by_batch, sizes);
@@ -377,10 +392,9 @@ py::dict list_cells() {
   const ArchKernels& any = *(archs().end - 1)->kernels;
   for (int i = 0; i < any.cell_count; ++i) {
     const CellInfo& c = any.cells[i].info;
-    cells[c.name] =
-        py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("U") = c.U, py::arg("has_c") = c.has_c,
-                 py::arg("split") = c.split, py::arg("product") = c.has_product, py::arg("normed") = c.normed,
-                 py::arg("middle") = c.middle);
+    cells[c.name] = py::dict(py::arg("G") = c.G, py::arg("S") = c.S, py::arg("U") = c.U, py::arg("has_c") = c.has_c,
+                             py::arg("split") = c.split, py::arg("product") = c.has_product,
+                             py::arg("normed") = c.normed, py::arg("middle") = c.middle);
   }
   return cells;
 }

@@ -38,10 +38,9 @@ inline void require(py::handle array, const char* name, bool needed, const char*
   if (array.is_none() == needed)
     fail(name, needed ? "an array" : std::string("None, for ") + reason, needed ? "None" : describe_type(array));
 }
-constexpr const char *kNoC = "the cell has no c", *kNoTape = "no tape is kept",
-                     *kNotKept = "save does not keep them", *kNoProduct = "the cell has no w_hh",
-                     *kInUnit = "the biases of the cell are part of w_unit", *kNoProjection = "there is no w_hr",
-                     *kNoUnit = "the cell has no weights of the unit's own";
+constexpr const char *kNoC = "the cell has no c", *kNoTape = "no tape is kept", *kNotKept = "save does not keep them",
+                     *kNoProduct = "the cell has no w_hh", *kInUnit = "the biases of the cell are part of w_unit",
+                     *kNoProjection = "there is no w_hr", *kNoUnit = "the cell has no weights of the unit's own";
 
 // --- threads ---
 
@@ -116,7 +115,8 @@ inline double real_number(py::handle value, const char* name, const char* expect
   const bool is_number = !PyBool_Check(value.ptr()) && PyNumber_Check(value.ptr()) && !PyComplex_Check(value.ptr());
   const double number = is_number ? PyFloat_AsDouble(value.ptr()) : -1;
   if (PyErr_Occurred()) PyErr_Clear(), fail(name, expected, py::repr(value));
-  if (!is_number || !(low_too ? number >= low : number > low) || !(number < high)) fail(name, expected, py::repr(value));
+  if (!is_number || !(low_too ? number >= low : number > low) || !(number < high))
+    fail(name, expected, py::repr(value));
   return number;
 }
 
@@ -137,7 +137,8 @@ class LayerProblem {
       : arch(choose_arch()), kernels(find_cell(*arch.kernels, cell)), reverse_(truth(reverse, "reverse")) {
     const Extras more(extras);
     choose_layout(more, lengths);
-    const Axes axes[] = {{{"T", -1}, {"N", -1}, {"I", -1}}, {{"N", -1}, {"T", -1}, {"I", -1}}, {{"rows", -1}, {"I", -1}}};
+    const Axes axes[] = {
+        {{"T", -1}, {"N", -1}, {"I", -1}}, {{"N", -1}, {"T", -1}, {"I", -1}}, {{"rows", -1}, {"I", -1}}};
     const Expected expected{"float32 or float64", axes[int(layout)], false, true};
     x_ = open(x, "x", expected);
     is_double = x_.is("d");
@@ -219,8 +220,8 @@ class LayerProblem {
                batch_first = Py_None, save = Py_None;
     explicit Extras(py::handle given) {
       if (given.is_none()) return;
-      py::handle* const all[] = {&w_unit, &w_hr, &h_mask, &reset, &reset_to, &zoneout_h, &zoneout_c, &seed, &cell_clip,
-                                 &batch_sizes, &batch_first, &save};
+      py::handle* const all[] = {&w_unit,    &w_hr, &h_mask,    &reset,       &reset_to,    &zoneout_h,
+                                 &zoneout_c, &seed, &cell_clip, &batch_sizes, &batch_first, &save};
       if (!PyTuple_Check(given.ptr()) || PyTuple_Size(given.ptr()) != py::ssize_t(std::size(all)))
         fail("extras", "None or a tuple of " + std::to_string(std::size(all)), py::repr(given));
       for (std::size_t i = 0; i < std::size(all); ++i) *all[i] = PyTuple_GetItem(given.ptr(), py::ssize_t(i));
@@ -358,8 +359,8 @@ class LayerProblem {
 
  public:
   static std::uint64_t whole_seed(py::handle seed) {
-    const py::object index = PyBool_Check(seed.ptr()) ? py::object()
-                                                      : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
+    const py::object index =
+        PyBool_Check(seed.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
     const std::uint64_t value = index ? PyLong_AsUnsignedLongLong(index.ptr()) : 0;
     if (!index || PyErr_Occurred()) {
       PyErr_Clear();

@@ -29,9 +29,7 @@ inline Dual sigmoid(Dual a) {
   return {y, a.slope * y * (1 - y)};
 }
 inline Dual relu(Dual a) { return a.value < 0 ? Dual(0, 0) : a; }
-inline Dual clamp(Dual a, Dual limit) {
-  return a.value >= limit.value ? limit : a.value <= -limit.value ? -limit : a;
-}
+inline Dual clamp(Dual a, Dual limit) { return a.value >= limit.value ? limit : a.value <= -limit.value ? -limit : a; }
 
 }}  // namespace gatewise::GATEWISE_ARCH
 
@@ -44,17 +42,15 @@ double uniform() { return std::uniform_real_distribution<double>(-2, 2)(generato
 
 // A whole step. The stage in the middle of it, where there is one, is here a product with a number.
 constexpr double kStage = 1.3;
-template <class Cell, class V>
-State<V> forward(const V (&gx)[Cell::G], const V (&gh)[Cell::G], const Unit<V, Cell::U>& unit, State<V> prev,
-                 V (&saved)[Cell::S]) {
+template <class Cell, class V> State<V> forward(const V (&gx)[Cell::G], const V (&gh)[Cell::G],
+                                                const Unit<V, Cell::U>& unit, State<V> prev, V (&saved)[Cell::S]) {
   State<V> next = Cell::forward(gx, gh, unit, prev, saved);
   if constexpr (Cell::middle != Middle::none) next.h = Cell::output(gx, V(kStage) * next.h, unit, prev, saved);
   return next;
 }
-template <class Cell>
-State<double> backward(const double (&saved)[Cell::S], const Unit<double, Cell::U>& unit, State<double> prev,
-                       State<double> d, double (&dgx)[Cell::G], double (&dgh)[Cell::G],
-                       double (&dw)[Cell::U ? Cell::U : 1]) {
+template <class Cell> State<double> backward(const double (&saved)[Cell::S], const Unit<double, Cell::U>& unit,
+                                             State<double> prev, State<double> d, double (&dgx)[Cell::G],
+                                             double (&dgh)[Cell::G], double (&dw)[Cell::U ? Cell::U : 1]) {
   Staged<double> staged{0, 0};
   if constexpr (Cell::middle != Middle::none) {
     staged = Cell::d_output(saved, unit, prev, d.h, dgx, dw);

@@ -38,9 +38,9 @@ template <class T> struct Checked {
 
 template <class T> void check(const Arch& arch, const Kernels& cell, Dims dims) {
   Options options;
-  for (bool* option : {&options.lengths, &options.reverse, &options.b_ih, &options.b_hh, &options.dx, &options.state,
-                       &options.reset, &options.mask, &options.zoneout, &options.clip, &options.project,
-                       &options.batch_major})
+  for (bool* option :
+       {&options.lengths, &options.reverse, &options.b_ih, &options.b_hh, &options.dx, &options.state, &options.reset,
+        &options.mask, &options.zoneout, &options.clip, &options.project, &options.batch_major})
     *option = coin();
   options.save = Save(between(0, 2)), options.reset_to = ResetTo(between(0, 1));
   if (options.project && cell.info.has_c && !cell.info.normed) dims.R = between(1, dims.H);
@@ -71,7 +71,8 @@ int check_random_problems(const std::string& only) {
       const Kernels& cell = arch->kernels->cells[c];
       // Small and odd; then above the threshold at which a team forms, shared by rows, by panels, in several chunks
       for (int k = 0; k < 6; ++k) both(*arch, cell, small(), small());
-      for (const Dims d : {Dims{8, 40, 11, 65, 65}, Dims{4, 5, 20, 258, 258}, Dims{300, 8, 2, 33, 33}}) both(*arch, cell, d, d);
+      for (const Dims d : {Dims{8, 40, 11, 65, 65}, Dims{4, 5, 20, 258, 258}, Dims{300, 8, 2, 33, 33}})
+        both(*arch, cell, d, d);
     }
   }
   std::printf("%d problems\n", problems);

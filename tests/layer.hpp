@@ -73,11 +73,13 @@ template <class T> struct Layer {
   }
   Problem<T> problem() const {
     const auto [Ts, N, I, H, R] = dims;
-    Sequence<T> sequence{x.data(), or_null(h0), or_null(c0), lengths.empty() ? nullptr : lengths.data(), options.reverse};
+    Sequence<T> sequence{x.data(), or_null(h0), or_null(c0), lengths.empty() ? nullptr : lengths.data(),
+                         options.reverse};
     sequence.layout = options.batch_major ? Layout::batch_major : Layout::time_major;
     sequence.step_stride = options.batch_major ? I : N * I, sequence.sequence_stride = options.batch_major ? Ts * I : I;
     sequence.reset = or_null(reset), sequence.reset_to = options.reset_to;
-    Problem<T> p{dims, {w_ih.data(), or_null(w_hh), or_null(b_ih), or_null(b_hh), or_null(w_unit), or_null(w_hr)}, sequence};
+    Problem<T> p{
+        dims, {w_ih.data(), or_null(w_hh), or_null(b_ih), or_null(b_hh), or_null(w_unit), or_null(w_hr)}, sequence};
     p.h_mask = or_null(h_mask);
     if (options.zoneout) p.zoneout = {0.3, cell.info.has_c ? 0.4 : 0, true, 5};
     if (options.clip) p.cell_clip = T(0.7);
@@ -94,17 +96,17 @@ template <class T> struct Layer {
   // Sets dx, dh0 and dc0; adds to the gradients of the weights
   Backward<T> backward_call(int threads) {
     new_scratch(kernels().sizes(problem()).backward_scratch);
-    return {problem(),      y.data(),        or_null(saved), or_null(states), dy.data(),      or_null(dhn),
-            or_null(dcn),   or_null(dx),     dh0.data(),     or_null(dc0),    dw_ih.data(),   or_null(dw_hh),
-            or_null(db_ih), or_null(db_hh),  or_null(dw_unit), or_null(dw_hr), scratch.data(), threads};
+    return {problem(),      y.data(),       or_null(saved),   or_null(states), dy.data(),      or_null(dhn),
+            or_null(dcn),   or_null(dx),    dh0.data(),       or_null(dc0),    dw_ih.data(),   or_null(dw_hh),
+            or_null(db_ih), or_null(db_hh), or_null(dw_unit), or_null(dw_hr),  scratch.data(), threads};
   }
   void forward(int threads, bool keeps_tape = true) { kernels().forward(forward_call(threads, keeps_tape)); }
   void backward(int threads) { kernels().backward(backward_call(threads)); }
 
   std::vector<std::pair<std::string, Array*>> results() {
-    return {{"y", &y},     {"hn", &hn},       {"cn", &cn},       {"dx", &dx},       {"dh0", &dh0},
-            {"dc0", &dc0}, {"dw_ih", &dw_ih}, {"dw_hh", &dw_hh}, {"db_ih", &db_ih}, {"db_hh", &db_hh},
-            {"dw_unit", &dw_unit}, {"dw_hr", &dw_hr}};
+    return {{"y", &y},         {"hn", &hn},       {"cn", &cn},           {"dx", &dx},
+            {"dh0", &dh0},     {"dc0", &dc0},     {"dw_ih", &dw_ih},     {"dw_hh", &dw_hh},
+            {"db_ih", &db_ih}, {"db_hh", &db_hh}, {"dw_unit", &dw_unit}, {"dw_hr", &dw_hr}};
   }
 
  private:

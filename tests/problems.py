@@ -12,12 +12,25 @@ import numpy as np
 
 import gatewise as gw
 from gatewise.peers import TORCH, ours
-from gatewise.problems import CELLS, DTYPES, GATES, OPTIONS, Inputs, Problem, draw, fits, kept_of, options_of, run, tape_of
+from gatewise.problems import (
+    CELLS,
+    DTYPES,
+    GATES,
+    OPTIONS,
+    Inputs,
+    Problem,
+    draw,
+    fits,
+    kept_of,
+    options_of,
+    run,
+    tape_of,
+)  # fmt: skip
 
 __all__ = [
-    *("CELLS", "DTYPES", "GATES", "OPTIONS", "Inputs", "Problem", "biting", "check", "draw", "fits", "kept_of"),
-    *("options_of", "run", "tape_of", "truth"),
-]
+    "CELLS", "DTYPES", "GATES", "OPTIONS", "TORCH", "Inputs", "Problem", "biting", "check", "draw", "fits", "kept_of",
+    "options_of", "run", "tape_of", "truth",
+]  # fmt: skip
 
 
 @cache
@@ -171,10 +184,11 @@ BITING = [
         f"{shape}:dtype:{options}"
         for shape in ("T8,N5,I6,H19", "T17,N12,I3,H40")
         for options in (
-            *("reset,h0", "reset0,h0,reverse,lengths", "mask,h0", "zoneout,h0", "expected,lengths", "clip,h0", "project,h0"),
+            *("reset,h0", "reset0,h0,reverse,lengths", "mask,h0", "zoneout,h0", "expected,lengths", "clip,h0"),
+            *("project,h0", "project,states,mask,reset0,h0", "infer,project,zoneout,reset"),
             *("batch,h0,lengths", "packed,h0", "packed,reverse,reset", "strided,nobias", "strided,batch,reverse"),
-            *("states,h0,lengths", "checkpoints,h0,lengths", "checkpoints,reset,reverse", "project,states,mask,reset0,h0"),
-            *("zoneout,mask,reset,states,h0", "zoneout,project,checkpoints,packed,clip,h0", "infer,project,zoneout,reset"),
+            *("states,h0,lengths", "checkpoints,h0,lengths", "checkpoints,reset,reverse"),
+            *("zoneout,mask,reset,states,h0", "zoneout,project,checkpoints,packed,clip,h0"),
         )
     ),
 ]

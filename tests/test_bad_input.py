@@ -157,7 +157,8 @@ def test_an_array_that_is_not_contiguous(name, layout):
         copied = gw.lstm(**{**kwargs, name: kwargs[name].copy()})
         assert np.array_equal(gw.lstm(**kwargs)[0], copied[0])
     else:
-        refused(gw.lstm, kwargs, "^x: expected float32 or float64 ", "last axis contiguous", "got .*last axis not contig")
+        words = "^x: expected float32 or float64 ", "last axis contiguous", "got .*last axis not contiguous"
+        refused(gw.lstm, kwargs, *words)
 
 
 class OnTheGpu:
@@ -281,7 +282,11 @@ def f4(*shape):
         ("lstm", {"batch_sizes": np.array([3]), "lengths": np.array([1])}, ["^lengths: expected None", "batch_sizes"]),
         ("lstm", {"batch_sizes": np.array([2, 3])}, ["^batch_sizes: expected .*none larger", "got 3 at step 1"]),
         ("lstm", {"batch_sizes": np.array([2, 0])}, ["^batch_sizes: expected .*at least 1", "got 0 at step 1"]),
-        ("lstm", {"batch_sizes": np.array([2, 1]), "x": f4(4, I), "h0": None, "c0": None}, ["^batch_sizes: .*add up to the rows of x, 4; got 3"]),
+        (
+            "lstm",
+            {"batch_sizes": np.array([2, 1]), "x": f4(4, I), "h0": None, "c0": None},
+            ["^batch_sizes: .*add up to the rows of x, 4; got 3"],
+        ),
         ("lstm", {"batch_sizes": np.array([2**62, 2**62]), "x": f4(4, I)}, ["^(batch_sizes|h0): expected"]),
         ("lstm", {"batch_sizes": [3, 1]}, ["^batch_sizes: expected int64", "got list"]),
         ("indrnn_relu", {}, ["^w_hh: expected None, for the cell has no w_hh; got numpy"]),

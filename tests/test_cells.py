@@ -12,7 +12,6 @@ import pytest
 import gatewise as gw
 from compiler import ARCHS, INCLUDE, ROOT, compile, compile_kernels, run
 
-
 # Values are of order 10 and the chains a dozen operations long: a few dozen roundings of 2^-53.
 BOUND = 1e-14
 

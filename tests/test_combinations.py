@@ -34,12 +34,20 @@ Array = np.ndarray
 Results = dict[str, Array]
 Tensors = dict[str, torch.Tensor]
 
-# Of each line one word, or none. Words of a problem are as good for a layer: "mask" is its recurrent dropout, "project" its
-# proj_size. The others are a layer's own, or of its call: which parts there are of the initial state and of the gradient
-# coming in, and that only some gradients are wanted.
+# Of each line one word, or none. Words of a problem are as good for a layer: "mask" is its recurrent dropout, "project"
+# its proj_size. The others are a layer's own, or of its call: which parts there are of the initial state and of the
+# gradient coming in, and that only some gradients are wanted.
 CHOICES = [
     *(("layers2", "layers3"), ("bidirectional",), ("nobias",), ("project",), ("clip",), ("threads2", "threads3")),
-    *(("dropout",), ("input_dropout",), ("variational",), ("weight_dropout",), ("mask",), ("zoneout_h",), ("zoneout_c",)),
+    *(
+        ("dropout",),
+        ("input_dropout",),
+        ("variational",),
+        ("weight_dropout",),
+        ("mask",),
+        ("zoneout_h",),
+        ("zoneout_c",),
+    ),
     *(("lengths", "half", "packed"), ("batch",), ("strided",), ("reset", "reset0"), ("states", "checkpoints")),
     *(("state_h",), ("state_c",), ("dstate_h",), ("dstate_c",), ("nody",), ("some",)),
 ]
@@ -101,8 +109,9 @@ class Case:
         p = self.problem
         layer = Layer(
             p.cell, p.I, p.H, self.count("layers"), bidirectional="bidirectional" in self, bias="nobias" not in self,
-            batch_first="batch" in self, proj_size=p.R * ("project" in self), cell_clip=CLIP if "clip" in self else None,
-            dropout=self.rate("dropout"), input_dropout=self.rate("input_dropout"),
+            batch_first="batch" in self, proj_size=p.R * ("project" in self),
+            cell_clip=CLIP if "clip" in self else None, dropout=self.rate("dropout"),
+            input_dropout=self.rate("input_dropout"),
             weight_dropout=self.rate("weight_dropout"), recurrent_dropout=self.rate("mask"),
             zoneout=(self.rate("zoneout_h"), self.rate("zoneout_c")), variational="variational" in self,
             save=next((word for word in ("states", "checkpoints") if word in self), "all"),
@@ -159,7 +168,11 @@ def run(case: Case, layer: Layer, call: Call) -> tuple[Results, int | None]:
     def parts(state: Any, name: str) -> Results:
         return dict(zip((f"{name}h", f"{name}c"), state if layer.has_c else [state]))
 
-    options = {"reset": call.reset, "batch_sizes": call.batch_sizes, "reset_to": "zero" if "reset0" in case else "initial"}
+    options = {
+        "reset": call.reset,
+        "batch_sizes": call.batch_sizes,
+        "reset_to": "zero" if "reset0" in case else "initial",
+    }
     y, state, _ = layer.forward(call.x, pair(call.state), call.lengths, training=False, **options)
     results = {"inferred y": y, **parts(state, "inferred ")}
     y, state, tape = layer.forward(call.x, pair(call.state), call.lengths, **options)
@@ -206,7 +219,10 @@ def stack(case: Case, leaves: Tensors, call: Call, seed: int | None) -> Tensors:
                 layers._seed_of(seed, k, use) for use in (layers._STATE, layers._WEIGHT, layers._ZONEOUT)
             )
             if direction == 0:  # both read the same
-                rate, of_input = case.rate("dropout" if layer else "input_dropout"), layers._seed_of(seed, k, layers._INPUT)
+                rate, of_input = (
+                    case.rate("dropout" if layer else "input_dropout"),
+                    layers._seed_of(seed, k, layers._INPUT),
+                )
                 x = dropped(x, rate, of_input, "variational" in case)
             if "w_hh" in p:
                 ones = torch.ones(1, *leaves["h"].shape[1:], dtype=x.dtype)
@@ -238,7 +254,7 @@ def by_loops(case: Case, weights: Results, call: Call, seed: int | None, dtype: 
 
 
 def bound(case: Case, eps: float, name: str) -> float:
-    """The largest relative error accepted of a result without further questions: of each layer, that of `gatewise check`.
+    """The largest relative error accepted of a result without further questions: a layer's is that of `check`.
 
     What a layer gets wrong the next one hands on, about as large as it was, for weights of 1/sqrt(H) and gates with
     slopes below 1 do not amplify it. So errors add up: upwards and, for a gradient, downwards again.
@@ -254,8 +270,8 @@ def check(case: Case) -> float:
 
     Errors are relative to the largest output or, of gradients, to the largest that goes in or comes out: one that came
     out small may owe that to a cancellation or to a saturated gate. Where a result is off by more than `bound` the
-    numbers themselves may be at fault, such as a nearly constant c that a layer norm divides by its deviation: the loops
-    in float32 say so, and twice their error is accepted, in float64 as many roundings.
+    numbers themselves may be at fault, such as a nearly constant c that a layer norm divides by its deviation: the
+    loops in float32 say so, and twice their error is accepted, in float64 as many roundings.
     """
     cpu = case.layer(backend="cpu", dtype=problems.DTYPES[case.problem.dtype], num_threads=case.count("threads"))
     reference = case.layer(backend="reference", dtype=np.float64)

@@ -385,7 +385,7 @@ def test_layouts_change_no_bit(cell: str, arch: str) -> None:
         plain = problems.run(problem, inputs)
         by_step = ("x", "dy", "reset", "y", "gates", "c", "dx")
 
-        def reordered(arrays: Any, order: Any) -> Any:
+        def reordered(arrays: Any, order: Any, by_step: Any = by_step) -> Any:
             return {k: np.ascontiguousarray(order(v)) if k in by_step else v for k, v in arrays.items()}
 
         turned = Inputs(**reordered(inputs._asdict(), lambda a: a.swapaxes(0, 1)))
@@ -435,7 +435,8 @@ def test_the_tape_is_as_small_as_it_says(cell: str) -> None:
     problem = Problem.parse(f"{cell}:T100,N4,I5,H32:f32:train")
     inputs = problems.draw(problem)
     sizes = {
-        save: problems.tape_of(with_options(problem, *save), inputs).nbytes for save in ((), ("states",), ("checkpoints",))
+        save: problems.tape_of(with_options(problem, *save), inputs).nbytes
+        for save in ((), ("states",), ("checkpoints",))
     }
     per_state, steps = 4 * 4 * 32, 100
     c = per_state * facts["has_c"]
@@ -455,7 +456,7 @@ def test_segments_know_nothing_of_each_other(cell: str, reverse: str, arch: str)
         inputs.reset[starts[1:-1]] = True
         whole = problems.run(problem, inputs)
         parts, sums = [], {}
-        for k, (begin, end) in enumerate(zip(starts, starts[1:])):
+        for begin, end in zip(starts, starts[1:]):
             first, last = (end == 12, begin == 0) if reverse else (begin == 0, end == 12)
             starts_at_zero = option == "reset0" and not first
             part = inputs._replace(
@@ -469,7 +470,7 @@ def test_segments_know_nothing_of_each_other(cell: str, reverse: str, arch: str)
                 if name != "dx" and not (starts_at_zero and name in ("dh0", "dc0")):
                     sums[name] = sums.get(name, 0) + results[name]
             if last:
-                assert_equal_bits({n: whole[n] for n in ("hn", "cn") if n in whole}, {n: results[n] for n in ("hn", "cn") if n in results})
+                assert_equal_bits(*({n: r[n] for n in ("hn", "cn") if n in r} for r in (whole, results)))
         for name in ("y", "dx"):
             assert np.array_equal(whole[name], np.concatenate([part[name] for part in parts])), name
         assert_close({name: whole[name] for name in sums}, sums)

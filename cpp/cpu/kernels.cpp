@@ -36,7 +36,9 @@ template <class T> void dropout(const T* x, T* y, Index n, std::uint64_t key, do
 template <class T> constexpr Functions<T> functions() {
   return {[](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return exp(v); }); },
           [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return tanh(v); }); },
-          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); }, dropout<T>, fma_chains<T>,
+          [](const T* x, T* y, std::size_t n) { map(x, y, n, [](Vec<T> v) { return sigmoid(v); }); },
+          dropout<T>,
+          fma_chains<T>,
           2 * kAccumulators * int(Vec<T>::width)};
 }
 
@@ -48,8 +50,8 @@ constexpr const char* middle_name(Middle middle) {
 }
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {
-  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::U, Cell::has_c, Cell::split, Cell::has_product,
-                                       Cell::normed, middle_name(Cell::middle)},
+  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::U, Cell::has_c, Cell::split,
+                                       Cell::has_product, Cell::normed, middle_name(Cell::middle)},
                                       cell_kernels<Cell, float>(),
                                       cell_kernels<Cell, double>()}...};
 };

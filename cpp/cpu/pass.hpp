@@ -89,8 +89,8 @@ class Meter {
 };
 
 // The groups of a range in turn, backwards in every other step: it begins with the weights that the last one left in
-// cache. A single row of an LSTM with H = 256 gains a sixth. Not for a normed cell: what is summed over a row on the way
-// would depend on whether the step's number is even.
+// cache. A single row of an LSTM with H = 256 gains a sixth. Not for a normed cell: what is summed over a row on the
+// way would depend on whether the step's number is even.
 template <class Cell> Index there_and_back(Index step, Index turn, Range range) {
   return step % 2 && !Cell::normed ? range.begin + range.end - 1 - turn : turn;
 }

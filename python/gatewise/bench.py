@@ -141,8 +141,8 @@ SETS = {
         + _all("gru rnn_tanh", "f32", "train", "T10000,N1,I8,H64"),
     ),
     "features": Set(
-        "what leaves other libraries' fast path, beside the plain layer of the same size: options, what the tape keeps, "
-        "cells",
+        "what leaves other libraries' fast path, beside the plain layer of the same size: options, what the tape "
+        "keeps, cells",
         _all("lstm gru", "f32", "half packed reset zoneout mask batch strided states checkpoints", "T64,N32,I64,H128")
         + _all("lstm", "f32", "clip project", "T64,N32,I64,H128")
         + _all("lstm_peephole lstm_coupled lstm_norm gru_reset_before gru_norm indrnn_relu indrnn_tanh", "f32", "train",
@@ -190,9 +190,11 @@ def flops(problem: Problem, inputs: Inputs) -> float:
     twice that, less the part that only the gradient of x needs. Neither the cells' own arithmetic nor what is computed
     a second time is counted."""
     rows, I, H, R = _rows(problem, inputs), problem.I, problem.H, problem.R
-    of_h = GATES[problem.cell] * H * R * _core.cells[problem.cell]["product"] + R * H * ("project" in problem.options)
+    of_h: int = GATES[problem.cell] * H * R * _core.cells[problem.cell]["product"] + R * H * (
+        "project" in problem.options
+    )
     of_x = GATES[problem.cell] * H * I
-    passes = (3 * of_h + (3 - ("nodx" in problem.options)) * of_x) if problem.trains else of_h + of_x
+    passes: int = (3 * of_h + (3 - ("nodx" in problem.options)) * of_x) if problem.trains else of_h + of_x
     return 2.0 * rows * passes
 
 

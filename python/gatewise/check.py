@@ -464,7 +464,8 @@ class _Case(NamedTuple):
     def reordered(self, order: Array) -> _Case:
         """The same sequences in another order within the batch."""
         axis = 0 if "batch" in self.problem.options else 1
-        axes = {"x": axis, "dy": axis, "reset": axis} | dict.fromkeys(("h0", "c0", "dhn", "dcn", "lengths", "h_mask"), 0)
+        axes = {"x": axis, "dy": axis, "reset": axis}
+        axes |= dict.fromkeys(("h0", "c0", "dhn", "dcn", "lengths", "h_mask"), 0)
         arrays = self.inputs._asdict()
         moved = {name: arrays[name].take(order, axes[name]) for name in axes if arrays[name] is not None}
         return self._replace(inputs=self.inputs._replace(**moved))
@@ -479,9 +480,10 @@ def _case(cell: str, option: Option, sizes: tuple[int, int, int, int], dtype: st
     short = {"float32": "f32", "float64": "f64"}[dtype]
     problem = problems.Problem(cell, *sizes, short, frozenset(words) - {"train"})
     inputs = problems.draw(problem)
-    for name in ("b_ih", "b_hh"):
-        if name[2:] not in option.biases.split():
-            inputs = inputs._replace(**{name: None})
+    if "ih" not in option.biases:
+        inputs = inputs._replace(b_ih=None)
+    if "hh" not in option.biases:
+        inputs = inputs._replace(b_hh=None)
     if option.saturated and inputs.b_ih is not None:  # every other one stays alive: zeros would prove nothing
         inputs.b_ih[...] += np.resize([0.0, 50.0, 0.0, -50.0], inputs.b_ih.shape)
     if cell.endswith("relu") and inputs.b_ih is not None:  # its units live

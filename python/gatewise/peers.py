@@ -152,13 +152,13 @@ class Ours(Party):
         if "stream" in problem.options:
             return None
         ticks = np.zeros(3, np.uint64)
-        weights = tuple(getattr(inputs, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
+        w_ih, w_hh, b_ih, b_hh = inputs[1:5]
         kept: dict[str, Any] = {}
         if self.layer:
-            weights = self.layer._weights(0)[:4]
+            w_ih, w_hh, b_ih, b_hh = self.layer._weights(0)[:4]
             kept = {"packed": self.layer._packed[0], "promise": self.layer._promise()}
         tape = functional._forward(
-            problem.cell, inputs.x, *weights, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
+            problem.cell, inputs.x, w_ih, w_hh, b_ih, b_hh, h0=inputs.h0, c0=inputs.c0, lengths=inputs.lengths,
             reverse="reverse" in problem.options, backend=self.backend, num_threads=self.threads,
             training=problem.trains, ticks=ticks, extras=functional._extras(options_of(problem, inputs)), **kept,
         )  # fmt: skip
@@ -261,6 +261,7 @@ class NumPy(Party):
 
     def step(self) -> Arrays:
         problem, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, dy, dhn, dcn) = self.problem, self.inputs[:11]
+        assert w_hh is not None
         G, dtype, shape = GATES[problem.cell], x.dtype, (problem.N, problem.H)
         forward, backward = self.cells[problem.cell]
         order = range(problem.T)[:: -1 if "reverse" in problem.options else 1]
@@ -666,7 +667,7 @@ class Keras(Party):
         kind, self.order, extra = self.layers[problem.cell]
         self.layer = getattr(keras.layers, kind)(problem.H, return_sequences=True, **extra)
         self.layer.build((problem.N, problem.T, problem.I))
-        assert inputs.b_ih is not None and inputs.b_hh is not None
+        assert inputs.b_ih is not None and inputs.b_hh is not None and inputs.w_hh is not None
         b_ih, b_hh = self._gates(inputs.b_ih), self._gates(inputs.b_hh)
         bias = np.stack([b_ih, b_hh]) if problem.cell == "gru" else b_ih + b_hh
         self.layer.set_weights([self._gates(inputs.w_ih).T, self._gates(inputs.w_hh).T, bias])

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ OPTIONS = {
     "checkpoints": "the tape keeps c at every sqrt(T)-th step",
 }
 # What goes through the same kernels whichever cell it is; the rest depends on what the cell has.
-_DEMANDS = {
+_DEMANDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "clip": lambda cell: cell["has_c"],
     "project": lambda cell: cell["has_c"] and not cell["normed"],
     "mask": lambda cell: cell["product"],
@@ -224,7 +224,7 @@ def options_of(problem: Problem, inputs: Inputs) -> functional.Options:
     for save in ("states", "checkpoints"):
         if has(save):
             given["save"] = save
-    return functional.Options(**given)
+    return cast(functional.Options, given)
 
 
 def gradients_of(problem: Problem) -> list[str]:

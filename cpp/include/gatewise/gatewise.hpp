@@ -1,9 +1,9 @@
 // The public face of the kernel library: plain pointers in, plain pointers out. It never allocates results
 // and never keeps a pointer: the caller owns every buffer, and `sizes()` says how large the opaque ones are.
 //
-// Shapes, in elements, C-contiguous: T steps, N sequences, I inputs, H hidden units, G gates, U weights of a unit's own,
-// R numbers in h: H, or fewer where a projection follows the cell. Shapes with a step, [T, N, ...] below, are in the
-// layout of the call.
+// Shapes, in elements, C-contiguous: T steps, N sequences, I inputs, H hidden units, G gates, U weights of a unit's
+// own, R numbers in h: H, or fewer where a projection follows the cell. Shapes with a step, [T, N, ...] below, are in
+// the layout of the call.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,11 +31,11 @@ enum class Layout { time_major, batch_major, packed };
 enum class ResetTo { initial, zero };
 
 template <class T> struct Sequence {
-  const T* x;                           // rows of I; in packed layout one every step_stride
-  const T* h0;                          // [N, R] or null: zeros
-  const T* c0;                          // [N, H] or null: zeros; cells with c only
-  const Index* lengths;                 // [N] in 0..T, any order, or null: T for all. In packed layout longest first
-  bool reverse;                         // walk each sequence from its own last step to step 0
+  const T* x;            // rows of I; in packed layout one every step_stride
+  const T* h0;           // [N, R] or null: zeros
+  const T* c0;           // [N, H] or null: zeros; cells with c only
+  const Index* lengths;  // [N] in 0..T, any order, or null: T for all. In packed layout longest first
+  bool reverse;          // walk each sequence from its own last step to step 0
   Layout layout = Layout::time_major;
   Index step_stride = 0, sequence_stride = 0;  // of x, in elements
   const unsigned char* reset = nullptr;  // [T, N] true where a new segment begins that knows nothing of the one before

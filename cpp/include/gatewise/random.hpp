@@ -1,5 +1,5 @@
-// Random bits that are a function of where they are used: (seed, step, sequence, unit) -> 32 bits. So a mask is the same
-// for any number of threads and on any arch, and backward draws it again instead of keeping it.
+// Random bits that are a function of where they are used: (seed, step, sequence, unit) -> 32 bits. So a mask is the
+// same for any number of threads and on any arch, and backward draws it again instead of keeping it.
 //
 // The mixers are splitmix64's (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014) and the
 // multiply-xorshift "lowbias32" of Wellons' hash prospector. Python's twin stands in python/gatewise/reference.py.
