@@ -1,6 +1,6 @@
 """Every cell and option as a loop in PyTorch: whole batches and matrix products, PyTorch's own functions and gradients,
 masks from a NumPy formulation of the random bits, packed sequences unpacked by PyTorch. It knows nothing of how
-gatewise computes, and so the tests may believe it.
+gatewise computes.
 """
 
 from __future__ import annotations

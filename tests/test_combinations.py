@@ -34,27 +34,21 @@ Array = np.ndarray
 Results = dict[str, Array]
 Tensors = dict[str, torch.Tensor]
 
-# Of each line one word, or none. Words of a problem are as good for a layer: "mask" is its recurrent dropout, "project"
-# its proj_size. The others are a layer's own, or of its call: which parts there are of the initial state and of the
-# gradient coming in, and that only some gradients are wanted.
+# Of each group one word, or none. The words of a problem are as good for a layer: "mask" is its recurrent dropout,
+# "project" its proj_size. The others are a layer's own, or of its call: which parts there are of the initial state and
+# of the gradients coming in, and that only some gradients are wanted.
 CHOICES = [
-    *(("layers2", "layers3"), ("bidirectional",), ("nobias",), ("project",), ("clip",), ("threads2", "threads3")),
-    *(
-        ("dropout",),
-        ("input_dropout",),
-        ("variational",),
-        ("weight_dropout",),
-        ("mask",),
-        ("zoneout_h",),
-        ("zoneout_c",),
-    ),
-    *(("lengths", "half", "packed"), ("batch",), ("strided",), ("reset", "reset0"), ("states", "checkpoints")),
-    *(("state_h",), ("state_c",), ("dstate_h",), ("dstate_c",), ("nody",), ("some",)),
+    group.split()
+    for group in (
+        *("layers2 layers3", "bidirectional", "nobias", "project", "clip", "threads2 threads3", "states checkpoints"),
+        *("dropout", "input_dropout", "variational", "weight_dropout", "mask", "zoneout_h", "zoneout_c"),
+        *("lengths half packed", "batch", "strided", "reset reset0"),
+        *("state_h", "state_c", "dstate_h", "dstate_c", "nody", "some"),
+    )
 ]
 OWN = [word for words in CHOICES for word in words if word not in problems.OPTIONS]
 NEEDS_C = {"zoneout_c", "state_c", "dstate_c"}
 RATES = {"dropout": 0.3, "input_dropout": 0.2, "weight_dropout": 0.25, "mask": 0.35, "zoneout_h": 0.3, "zoneout_c": 0.4}
-CLIP = 0.3
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Case:
     """A layer, what it is called with, and which gradients are wanted; `Case.parse(str(case)) == case`."""
 
     problem: Problem
-    own: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()  # words out of OWN
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -99,6 +93,14 @@ class Case:
     def states(self) -> str:
         return "hc" if gw.cells()[self.problem.cell]["has_c"] else "h"
 
+    @property
+    def clip(self) -> float | None:
+        return 0.3 if "clip" in self else None
+
+    @property
+    def reset_to(self) -> str:
+        return "zero" if "reset0" in self else "initial"
+
     def count(self, what: str) -> int:
         return next((many for many in (2, 3) if f"{what}{many}" in self), 1)
 
@@ -109,9 +111,8 @@ class Case:
         p = self.problem
         layer = Layer(
             p.cell, p.I, p.H, self.count("layers"), bidirectional="bidirectional" in self, bias="nobias" not in self,
-            batch_first="batch" in self, proj_size=p.R * ("project" in self),
-            cell_clip=CLIP if "clip" in self else None, dropout=self.rate("dropout"),
-            input_dropout=self.rate("input_dropout"),
+            batch_first="batch" in self, proj_size=p.R * ("project" in self), cell_clip=self.clip,
+            dropout=self.rate("dropout"), input_dropout=self.rate("input_dropout"),
             weight_dropout=self.rate("weight_dropout"), recurrent_dropout=self.rate("mask"),
             zoneout=(self.rate("zoneout_h"), self.rate("zoneout_c")), variational="variational" in self,
             save=next((word for word in ("states", "checkpoints") if word in self), "all"),
@@ -168,11 +169,7 @@ def run(case: Case, layer: Layer, call: Call) -> tuple[Results, int | None]:
     def parts(state: Any, name: str) -> Results:
         return dict(zip((f"{name}h", f"{name}c"), state if layer.has_c else [state]))
 
-    options = {
-        "reset": call.reset,
-        "batch_sizes": call.batch_sizes,
-        "reset_to": "zero" if "reset0" in case else "initial",
-    }
+    options = {"reset": call.reset, "reset_to": case.reset_to, "batch_sizes": call.batch_sizes}
     y, state, _ = layer.forward(call.x, pair(call.state), call.lengths, training=False, **options)
     results = {"inferred y": y, **parts(state, "inferred ")}
     y, state, tape = layer.forward(call.x, pair(call.state), call.lengths, **options)
@@ -202,34 +199,27 @@ def stack(case: Case, leaves: Tensors, call: Call, seed: int | None) -> Tensors:
     elif "batch" in case:
         x, reset = x.transpose(0, 1), None if reset is None else reset.T
     options = {
-        "lengths": lengths, "reset": reset, "reset_to": "zero" if "reset0" in case else None,
-        "cell_clip": CLIP if "clip" in case else None,
+        "lengths": lengths, "reset": reset, "reset_to": case.reset_to, "cell_clip": case.clip,
         "zoneout_h": case.rate("zoneout_h"), "zoneout_c": case.rate("zoneout_c"),
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     outputs: list[Tensors] = []
-    for k in range(len(leaves["h"])):
+    for k in range(case.count("layers") * D):
         layer, direction = divmod(k, D)
         suffix = f"_l{layer}" + "_reverse" * direction
         # weight_ih_l0 is w_ih of a call
         p = {f"{name[0]}_{name.split('_')[1]}": a for name, a in leaves.items() if name.endswith(suffix)}
+        p |= {f"{s}0": leaves[s][k] for s in case.states}
         options["reverse"] = bool(direction)
         if seed is not None:
-            state, weight, options["seed"] = (
-                layers._seed_of(seed, k, use) for use in (layers._STATE, layers._WEIGHT, layers._ZONEOUT)
-            )
-            if direction == 0:  # both read the same
-                rate, of_input = (
-                    case.rate("dropout" if layer else "input_dropout"),
-                    layers._seed_of(seed, k, layers._INPUT),
-                )
-                x = dropped(x, rate, of_input, "variational" in case)
+            uses = layers._INPUT, layers._STATE, layers._WEIGHT, layers._ZONEOUT
+            of_input, of_state, of_weight, options["seed"] = (layers._seed_of(seed, k, use) for use in uses)
+            if direction == 0:  # what both of them read
+                x = dropped(x, case.rate("dropout" if layer else "input_dropout"), of_input, "variational" in case)
             if "w_hh" in p:
-                ones = torch.ones(1, *leaves["h"].shape[1:], dtype=x.dtype)
-                options["h_mask"] = dropped(ones, case.rate("mask"), state)[0].numpy()
-                p["w_hh"] = dropped(p["w_hh"][None], case.rate("weight_dropout"), weight)[0]
-        states = {f"{s}0": leaves[s][k] for s in case.states}
-        outputs.append(torch_loop(case.problem.cell, options, {**p, **states, "x": x}))
+                options["h_mask"] = dropped(torch.ones_like(p["h0"])[None], case.rate("mask"), of_state)[0].numpy()
+                p["w_hh"] = dropped(p["w_hh"][None], case.rate("weight_dropout"), of_weight)[0]
+        outputs.append(torch_loop(case.problem.cell, options, {**p, "x": x}))
         if direction == D - 1:
             x = torch.cat([out["y"] for out in outputs[-D:]], 2)
     y = x[valid] if call.batch_sizes is not None else x.transpose(0, 1) if "batch" in case else x
@@ -254,7 +244,7 @@ def by_loops(case: Case, weights: Results, call: Call, seed: int | None, dtype: 
 
 
 def bound(case: Case, eps: float, name: str) -> float:
-    """The largest relative error accepted of a result without further questions: a layer's is that of `check`.
+    """The largest relative error accepted of a result without further questions: that of `gatewise check`, per layer.
 
     What a layer gets wrong the next one hands on, about as large as it was, for weights of 1/sqrt(H) and gates with
     slopes below 1 do not amplify it. So errors add up: upwards and, for a gradient, downwards again.
@@ -265,6 +255,7 @@ def bound(case: Case, eps: float, name: str) -> float:
     return eps * sum(gw.check.bound(p.cell, "float64", (p.T, p.N, I, p.H), kind) for I in inputs) / np.finfo("f8").eps
 
 
+@problems.one_torch_thread()
 def check(case: Case) -> float:
     """Assert that both backends are right, and return the largest error as a share of its bound.
 

@@ -19,7 +19,7 @@ Array = np.ndarray
 BACKENDS = ("cpu", "reference")
 
 T, N, I, H = 6, 5, 3, 4
-# cell: Keras' layer, our gates in its order (z r h where ours are r z n), its arguments: its own loop
+# cell: Keras' layer, our gates in its order (z r h where ours are r z n), its arguments: its own loop, not torch.nn's
 LAYERS: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "rnn_tanh": ("SimpleRNN", [0], {"activation": "tanh"}),
     "rnn_relu": ("SimpleRNN", [0], {"activation": "relu"}),
@@ -109,7 +109,7 @@ def theirs(
 
 
 def assert_same(mine: dict[str, Array], keras: dict[str, Array]) -> None:
-    """All results; to the digits of float32, for on PyTorch Keras multiplies matrices in that, whatever its dtype."""
+    """All results; to the digits of float32, in which Keras multiplies matrices on PyTorch, whatever its dtype."""
     assert mine.keys() == keras.keys()
     for name, array in keras.items():
         np.testing.assert_allclose(mine[name], array, rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=name)
@@ -141,12 +141,10 @@ def test_lengths_are_a_mask_of_the_first_steps(cell: str, reverse: bool, keras: 
 @either_way
 @each_cell
 def test_a_mask_with_holes_leaves_shorter_sequences(cell: str, reverse: bool, keras: Any) -> None:
-    """A masked step leaves the state as it was: what is left of a row is a sequence, and `lengths` has it."""
+    """A masked step leaves the state as it was: the other steps of a row are a sequence of their own, with a length."""
     a, d = draw(cell)
     want = theirs(keras, cell, a, d, HOLES, reverse)
-    order = np.argsort(~HOLES, axis=0, kind="stable")[
-        :, :, None
-    ]  # the steps that are left, in their order, then the rest
+    order = np.argsort(~HOLES, axis=0, kind="stable")[:, :, None]  # the other steps first, in their order
     moved = [{**arrays, name: np.take_along_axis(arrays[name], order, 0)} for arrays, name in ((a, "x"), (d, "y"))]
     for backend in BACKENDS:
         mine = ours(cell, *moved, backend, lengths=HOLES.sum(axis=0), reverse=reverse)
