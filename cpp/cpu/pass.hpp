@@ -182,7 +182,7 @@ template <class Cell, class T> struct Pass {
 
   // Zoneout, as the weight of the previous state in each lane of panel p: 1 or 0, or its probability
   GATEWISE_FN bool zones() const { return problem.zoneout.h > 0 || problem.zoneout.c > 0; }
-  __attribute__((noinline)) State<V> zoneout(Index s, Index i, Index p) const {
+  GATEWISE_FN State<V> zoneout(Index s, Index i, Index p) const {
     const Zoneout& z = problem.zoneout;
     if (!z.drawn) return {V(T(z.h)), V(T(z.c))};
     const Index n = rows.order[i];
