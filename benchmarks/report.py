@@ -232,7 +232,7 @@ def summary(chosen: Sequence[Case]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     groups: dict[tuple[str, int], list[Case]] = {}
     for c in chosen:
-        if c.row["set"] != "stress":
+        if c.row["set"] not in ("stress", "features"):
             groups.setdefault((bench.family(c.problem), c.row["threads"]), []).append(c)
     for (family, threads), group in sorted(groups.items()):
         torch = [c.against["torch"]["ratio"] for c in group if "torch" in c.against]
@@ -383,7 +383,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         lines += ["", "Not all rows are of one commit: a part was measured again, the rest kept."]
     busy = sum("busy" in c.row["note"] for c in everything)
     lines += ["", f"{busy} of {len(everything)} measurements spread by more than {bench.BUSY:.0%} and are marked busy."]
-    lines += ["", "## Summary", "", f"Geometric mean (least – most) over all sets but stress, {arch}.", ""]
+    lines += ["", "## Summary", "", f"Geometric mean (least – most) over all sets but stress and features, {arch}.", ""]
     lines += summary(mine)
     lines += ["", "![The peers' times over ours](ratio.png)"] * ("ratio.png" in pictures)
     lines += ["", "## Targets", "", "On the set grid and one thread where nothing else is said.", ""]

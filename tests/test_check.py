@@ -6,7 +6,9 @@ A check that cannot fail is worth nothing, so most of these tests plant a fault 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +270,31 @@ def test_every_cell_backend_and_arch_passes_the_quick_matrix():
     for row in found:
         assert row.share <= 1.0
         assert (row.differences is None) == (row.dtype == "float32")
+
+
+def test_the_readmes_table_is_what_check_says():
+    """Every mark is a feature of the cell; that its rows pass on every arch is for `gatewise check` to say."""
+    ok = {"forward": 0.0, "gradient": 0.0, "worst": "", "share": 0.0, "differences": None, "problem": ""}
+    rows = [
+        check.Row(cell=cell, backend="cpu", dtype=dtype, option=option.name, **ok)
+        for cell in gw.cells()
+        for dtype in ("float32", "float64")
+        for option in check.OPTIONS
+        if option.feature and check.has(cell, option)
+    ]
+    text, _, _ = check.table(rows).partition("\n\n")
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- gatewise check --table -->\n{text}\n<!-- /gatewise check --table -->" in readme
+    # and one row that fails takes its mark away
+    broken = [replace(row, problem="off") if row == rows[0] else row for row in rows]
+    assert check.table(broken) != check.table(rows)
+
+
+@pytest.mark.parametrize("cell", gw.cells())
+def test_every_feature_passes_on_this_machines_best_arch(cell):
+    features = [option.name for option in check.OPTIONS if option.feature]
+    place = next(place for place in check.runnable() if place[0] == "cpu")
+    assert not [str(row) for row in check.matrix([cell], [place], features) if not row.ok]
 
 
 @pytest.fixture

@@ -320,10 +320,13 @@ _FEATURES = ("reset", "reset0", "mask", "zoneout", "expected", "clip", "project"
 
 def _plain(problem: Problem) -> Problem:
     """What a problem's cost is compared with."""
-    kind, _, variant = problem.cell.partition("_")
-    cell = f"rnn_{variant}" if kind == "indrnn" else problem.cell if kind == "rnn" else kind
     plain = problem.without("subnormal", "saturated", "nan", "half", "lengths", "states", "checkpoints", *_FEATURES)
-    return replace(plain, cell=cell)
+    return replace(plain, cell=_plain_cell(problem.cell))
+
+
+def _plain_cell(cell: str) -> str:
+    kind, _, variant = cell.partition("_")
+    return f"rnn_{variant}" if kind == "indrnn" else cell if kind == "rnn" else kind
 
 
 class Measurement:
@@ -758,10 +761,10 @@ def _roofline(rows: Sequence[dict[str, Any]]) -> Any:
         points.setdefault(family(Problem.parse(row["problem"])), []).append(place)
     picture = figure(8, 5.5)
     axes = picture.add_subplot()
-    colours = dict(zip(GATES, [colour for colour, _ in LOOKS.values()][1:]))
+    colours = dict(zip(("rnn_tanh", "rnn_relu", "lstm", "gru"), [colour for colour, _ in LOOKS.values()][1:]))
     for name, pairs in sorted(points.items()):
         cell, dtype, kind = name.split()
-        marker, colour = {"train": "o", "infer": "^", "call": "v", "stream": "s"}[kind], colours[cell]
+        marker, colour = {"train": "o", "infer": "^", "call": "v", "stream": "s"}[kind], colours[_plain_cell(cell)]
         inside = colour if dtype == "f32" else "none"
         axes.scatter(*zip(*pairs), s=22, marker=marker, facecolor=inside, edgecolor=colour, label=name, alpha=0.8)
     x = np.geomspace(min(r["intensity"] for r in once) / 2, max(r["intensity"] for r in once) * 2, 200)

@@ -486,8 +486,8 @@ def _case(cell: str, option: Option, sizes: tuple[int, int, int, int], dtype: st
         inputs = inputs._replace(b_hh=None)
     if option.saturated and inputs.b_ih is not None:  # every other one stays alive: zeros would prove nothing
         inputs.b_ih[...] += np.resize([0.0, 50.0, 0.0, -50.0], inputs.b_ih.shape)
-    if cell.endswith("relu") and inputs.b_ih is not None:  # its units live
-        np.abs(inputs.b_ih, out=inputs.b_ih)
+    if cell.endswith("relu") and inputs.b_ih is not None:  # its units live, none of them within a step of its kink
+        inputs.b_ih[...] = np.abs(inputs.b_ih) + 0.1
     if option.storage:
         inputs = inputs.astype(option.storage)
     return _Case(problem, inputs, option.storage)
