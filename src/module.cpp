@@ -122,20 +122,28 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
 }
 
 // The gradients, in the order of functional.Gradients
+enum Gradient : std::size_t { kDx, kDh0, kDc0, kDw_ih, kDw_hh, kDb_ih, kDb_hh, kDw_unit, kDw_hr, kGradientCount };
 constexpr const char* kGradients[] = {"dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr"};
-constexpr std::size_t kGradientCount = std::size(kGradients);
 using GradientArrays = std::array<py::object, kGradientCount>;
 
-// Those that the problem has no such thing for, and why
-inline const char* has_no(const LayerProblem& p, const char* gradient) {
+// Why the problem has no such thing, or null if it has
+inline const char* has_no(const LayerProblem& p, std::size_t gradient) {
   const CellInfo& info = p.kernels.info;
-  const std::string name = gradient;
-  if (name == "dc0" && !info.has_c) return kNoC;
-  if (name == "dw_hh" && !info.has_product) return kNoProduct;
-  if ((name == "db_ih" || name == "db_hh") && info.normed) return kInUnit;
-  if (name == "dw_unit" && !info.U) return kNoUnit;
-  if (name == "dw_hr" && !p.projects()) return kNoProjection;
-  return nullptr;
+  switch (gradient) {
+    case kDc0:
+      return info.has_c ? nullptr : kNoC;
+    case kDw_hh:
+      return info.has_product ? nullptr : kNoProduct;
+    case kDb_ih:
+    case kDb_hh:
+      return info.normed ? kInUnit : nullptr;
+    case kDw_unit:
+      return info.U ? nullptr : kNoUnit;
+    case kDw_hr:
+      return p.projects() ? nullptr : kNoProjection;
+    default:
+      return nullptr;
+  }
 }
 
 template <class T> void backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
@@ -157,7 +165,7 @@ template <class T> void backward(const LayerProblem& p, py::handle y, py::handle
   require(states, "states", kept.states, kNoC);
   if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
   for (std::size_t i = 0; i < kGradientCount; ++i)
-    if (const char* reason = has_no(p, kGradients[i])) require(out[i], kGradients[i], false, reason);
+    if (const char* reason = has_no(p, i)) require(out[i], kGradients[i], false, reason);
   const Backward<T> call{p.problem<T>(),
                          y_.data<const T>(),
                          saved_.data<const T>(),
@@ -225,37 +233,37 @@ py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py
     GradientArrays out;
     for (std::size_t i = 0; i < kGradientCount; ++i) {
       const bool is_wanted = wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(kGradients[i]).ptr()) == 1;
-      if (!is_wanted || has_no(p, kGradients[i])) {
+      if (!is_wanted || has_no(p, i)) {
         out[i] = py::none();
         continue;
       }
       switch (i) {
-        case 0:
+        case kDx:
           out[i] = empty_steps<E>(p, I);
           break;
-        case 1:
+        case kDh0:
           out[i] = empty<E>({N, R});
           break;
-        case 2:
+        case kDc0:
           out[i] = empty<E>({N, H});
           break;
-        case 3:
+        case kDw_ih:
           out[i] = empty<E>({rows, I});
           break;
-        case 4:
+        case kDw_hh:
           out[i] = empty<E>({rows, R});
           break;
-        case 5:
-        case 6:
+        case kDb_ih:
+        case kDb_hh:
           out[i] = empty<E>({rows});
           break;
-        case 7:
+        case kDw_unit:
           out[i] = empty<E>({own});
           break;
-        default:
+        default:  // kDw_hr
           out[i] = empty<E>({R, H});
       }
-      if (i < 3) continue;  // overwritten; the weights' are added to
+      if (i < kDw_ih) continue;  // overwritten; the weights' are added to
       py::array numbers = py::reinterpret_borrow<py::array>(out[i]);
       std::memset(numbers.mutable_data(), 0, std::size_t(numbers.nbytes()));
     }
@@ -306,7 +314,7 @@ template <class T> py::object drop_out(const Array& x, double p, std::uint64_t s
 py::object dropout(py::handle x, py::handle p, py::handle seed, py::handle same, py::handle batch_first,
                    py::handle batch_sizes) {
   const double probability = real_number(p, "p", "a probability in [0, 1)", 0, 1, true);
-  const std::uint64_t number = LayerProblem::whole_seed(seed);
+  const std::uint64_t number = whole_seed(seed);
   const bool same_mask = truth(same, "same_at_every_step"), by_batch = truth(batch_first, "batch_first");
   const Axes axes[] = {{{"T", -1}, {"N", -1}, {"width", -1}}, {{"rows", -1}, {"width", -1}}};
   const Axes& expected = axes[!batch_sizes.is_none()];
@@ -314,13 +322,8 @@ py::object dropout(py::handle x, py::handle p, py::handle seed, py::handle same,
   const Array array = open(x, "x", {"float32 or float64", expected, false, true});
   array.is("d") ? check<double>(array, x, "x", expected) : check<float>(array, x, "x", expected);
   if (!batch_sizes.is_none()) {
-    const Array given = borrow<Index>(batch_sizes, "batch_sizes", {{"T", -1}});
-    sizes.assign(given.data<const Index>(), given.data<const Index>() + given.size(0));
-    Index rows = 0;
-    for (const Index size : sizes) rows += size < 0 ? array.size(0) + 1 : size;
-    if (rows != array.size(0))
-      fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(array.size(0)),
-           std::to_string(rows));
+    sizes = read_batch_sizes(batch_sizes);
+    check_rows(sizes, array.size(0));
   }
   return array.is("d") ? drop_out<double>(array, probability, number, same_mask, by_batch, sizes)
                        : drop_out<float>(array, probability, number, same_mask, by_batch, sizes);
@@ -423,6 +426,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
   m.def("dropout", &dropout, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("same_at_every_step") = false,
         py::arg("batch_first") = false, py::arg("batch_sizes") = py::none());
+  m.def("mix64", [](std::uint64_t z) { return mix64(z); }, py::arg("z"));
   m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
 
   py::class_<LayerProblem>(m, "Problem")

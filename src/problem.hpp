@@ -120,6 +120,36 @@ inline double real_number(py::handle value, const char* name, const char* expect
   return number;
 }
 
+inline std::uint64_t whole_seed(py::handle seed) {
+  const py::object index =
+      PyBool_Check(seed.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
+  const std::uint64_t value = index ? PyLong_AsUnsignedLongLong(index.ptr()) : 0;
+  if (!index || PyErr_Occurred()) {
+    PyErr_Clear();
+    fail("seed", "a whole number from 0 to 2**64 - 1", py::repr(seed));
+  }
+  return value;
+}
+
+// How many sequences have a step t, of packed rows
+inline std::vector<Index> read_batch_sizes(py::handle object) {
+  const Array array = borrow<Index>(object, "batch_sizes", {{"T", -1}});
+  const Index* numbers = array.data<const Index>();
+  const std::vector<Index> sizes(numbers, numbers + array.size(0));
+  for (std::size_t t = 0; t < sizes.size(); ++t)
+    if (sizes[t] < 1 || (t > 0 && sizes[t] > sizes[t - 1]))
+      fail("batch_sizes", "numbers of at least 1, none larger than the one before",
+           std::to_string(sizes[t]) + " at step " + std::to_string(t));
+  return sizes;
+}
+inline void check_rows(const std::vector<Index>& batch_sizes, Index rows) {
+  constexpr std::uint64_t many = std::uint64_t(1) << 62;  // enough to be wrong, and no sum overflows
+  std::uint64_t total = 0;
+  for (const Index size : batch_sizes) total += total < many ? std::uint64_t(size) : 0;
+  if (total != std::uint64_t(rows))
+    fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(rows), std::to_string(total));
+}
+
 // The inputs of one layer, validated and held. It serves the forward pass and, later, the backward pass, on the
 // arch that was chosen when it was made: the layout of the tape is that arch's own.
 class LayerProblem {
@@ -235,13 +265,7 @@ class LayerProblem {
     if (batch_first) fail("batch_first", "False, for packed input has no batch axis", "True beside batch_sizes");
     if (!lengths.is_none()) fail("lengths", "None, for batch_sizes tells the lengths", describe_type(lengths));
     layout = Layout::packed;
-    const Array array = borrow<Index>(more.batch_sizes, "batch_sizes", {{"T", -1}});
-    const Index* sizes = array.data<const Index>();
-    batch_sizes_.assign(sizes, sizes + array.size(0));
-    for (std::size_t t = 0; t < batch_sizes_.size(); ++t)
-      if (batch_sizes_[t] < 1 || (t > 0 && batch_sizes_[t] > batch_sizes_[t - 1]))
-        fail("batch_sizes", "numbers of at least 1, none larger than the one before",
-             std::to_string(batch_sizes_[t]) + " at step " + std::to_string(t));
+    batch_sizes_ = read_batch_sizes(more.batch_sizes);
   }
 
   template <class T> void borrow_all(const Inputs& in, const Extras& more, const Axes& x_axes) {
@@ -295,16 +319,12 @@ class LayerProblem {
 
   // Packed input: sequence i goes on as long as batches are larger than i
   void unpack_lengths() {
+    check_rows(batch_sizes_, x_.size(0));
     has_lengths_ = true;
     lengths_.assign(std::size_t(dims.N), 0);
-    Index rows = 0;
-    for (std::size_t t = 0; t < batch_sizes_.size(); ++t) {
-      rows += batch_sizes_[t];
+    for (std::size_t t = 0; t < batch_sizes_.size(); ++t)
       for (Index i = t + 1 < batch_sizes_.size() ? batch_sizes_[t + 1] : 0; i < batch_sizes_[t]; ++i)
         lengths_[std::size_t(i)] = Index(t) + 1;
-    }
-    if (rows != x_.size(0))
-      fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(x_.size(0)), std::to_string(rows));
   }
 
   void copy_lengths(py::handle object) {
@@ -355,18 +375,6 @@ class LayerProblem {
       list += std::string(place++ ? ", " : "") + "'" + candidate + "'";
     }
     fail(name, "one of " + list, py::repr(word));
-  }
-
- public:
-  static std::uint64_t whole_seed(py::handle seed) {
-    const py::object index =
-        PyBool_Check(seed.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
-    const std::uint64_t value = index ? PyLong_AsUnsignedLongLong(index.ptr()) : 0;
-    if (!index || PyErr_Occurred()) {
-      PyErr_Clear();
-      fail("seed", "a whole number from 0 to 2**64 - 1", py::repr(seed));
-    }
-    return value;
   }
 };
 

@@ -288,6 +288,11 @@ def f4(*shape):
             ["^batch_sizes: .*add up to the rows of x, 4; got 3"],
         ),
         ("lstm", {"batch_sizes": np.array([2**62, 2**62]), "x": f4(4, I)}, ["^(batch_sizes|h0): expected"]),
+        (
+            "lstm",
+            {"batch_sizes": np.array([2**62, 2**62]), "x": f4(4, I), "h0": None, "c0": None},
+            ["^batch_sizes: .*rows of x, 4"],
+        ),
         ("lstm", {"batch_sizes": [3, 1]}, ["^batch_sizes: expected int64", "got list"]),
         ("indrnn_relu", {}, ["^w_hh: expected None, for the cell has no w_hh; got numpy"]),
         ("indrnn_relu", {"w_hh": None, "h_mask": f4(N, H)}, ["^h_mask: expected None"]),
@@ -311,7 +316,7 @@ def test_an_option_that_there_is_not():
     ({"p": 1.0}, ["^p: expected a probability", "got 1.0"]), ({"seed": -1}, ["^seed: expected a whole number"]),
     ({"same_at_every_step": 1}, ["^same_at_every_step: expected True or False"]),
     ({"x": f4(3, 4), "batch_sizes": np.array([2, 2])}, ["^batch_sizes: .*add up to the rows of x, 3; got 4"]),
-    ({"x": f4(3, 4), "batch_sizes": np.array([4, -1])}, ["^batch_sizes: "]),
+    ({"x": f4(3, 4), "batch_sizes": np.array([4, -1])}, ["^batch_sizes: .*at least 1", "got -1 at step 1"]),
 ])  # fmt: skip
 def test_the_door_of_dropout(bad, words):
     refused(_core.dropout, {"x": f4(2, 3, 4), "p": 0.5, "seed": 1, **bad}, *words)

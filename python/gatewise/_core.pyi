@@ -17,6 +17,7 @@ def dropout(
     x: Any, p: float, seed: int, same_at_every_step: bool = False, batch_first: bool = False, batch_sizes: Any = None
 ) -> Any: ...  # a new array; x [T, N, width] as in any of a layer's layouts
 def evaluate(function: str, x: Any, arch: str) -> Any: ...
+def mix64(z: int) -> int: ...  # splitmix64's finaliser, as in gatewise/random.hpp
 def fma_rate(arch: str, dtype: str, seconds: float) -> float: ...
 
 # `extras`, here and below: None for defaults, or the options of functional.Options that have no place of their own:

@@ -39,7 +39,6 @@ _FIELDS = {
 
 _SAVES = ("all", "states", "checkpoints")
 _NO_ZONEOUT = (0.0, 0.0)
-_BITS = 2**64 - 1
 
 # What a (layer, direction) draws random bits for, each from a seed of its own
 _INPUT, _STATE, _WEIGHT, _ZONEOUT = range(4)
@@ -769,10 +768,7 @@ def drop(
 
 def _seed_of(seed: int, k: int, use: int) -> int:
     """The seed of what the k-th (layer, direction) draws for one use: a number of splitmix64, begun at the pass's."""
-    z = (seed + 0x9E3779B97F4A7C15 * (4 * k + use + 1)) & _BITS
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _BITS
-    return z ^ (z >> 31)
+    return _core.mix64((seed + 0x9E3779B97F4A7C15 * (4 * k + use + 1)) % 2**64)
 
 
 def _with_zeros(state: Array | None, rows: Any) -> Array | None:
