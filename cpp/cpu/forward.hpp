@@ -282,7 +282,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         scale[r] = norm_scale(V::load(row_sums + (i + r) * W), G * d.H);
         if (keeps_gates()) *scale_at(1, saved_row(s, i + r)) = scale[r];
       }
-      zero(row_sums + i * W, height * W);
+      if (Cell::middle == Middle::norm) zero(row_sums + i * W, height * W);  // now of c
       for (Index p = 0; p < P; ++p) finish(s, chunk, i, height, p, h, gh_at(p, s, i), pitch(), scale);
       if constexpr (Cell::middle == Middle::norm) {
         T* c = middle + i * d.H;
