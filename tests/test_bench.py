@@ -35,7 +35,7 @@ def report():
 def installed(name):
     """A peer, or a skipped test that says why."""
     if reason := peers.PEERS[name].missing():
-        pytest.skip(reason)
+        pytest.skip(reason)  # the library is not installed: what is missing, and the extra that brings it
     return peers.PEERS[name]
 
 
@@ -323,6 +323,7 @@ def test_memory_of_a_step_is_at_least_its_tape():
     problem = Problem.parse("lstm:T100,N64,I16,H64:f32:train")
     took = bench.memory(problem, "ours")
     if took is None:
+        # getrusage's peak is what the measurement itself rests on: without it there is nothing to compare
         pytest.skip("this system does not tell a process' highest memory")
     tape = 4 * 100 * 64 * 64 * (bench._core.cells["lstm"]["S"] + 2) / 1e6  # gates, c, y
     assert tape <= took <= 4 * tape

@@ -37,6 +37,7 @@ def keras() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported, and kept from then on
     keras = pytest.importorskip("keras")
     if (backend := keras.backend.backend()) != "torch":
+        # Keras takes one backend a process, and another test of this process may have imported it on JAX
         pytest.skip(f"Keras runs on {backend} in this process, not on torch")
     return keras
 

@@ -70,7 +70,8 @@ def load(model: Source, *, backend: str | None = None, num_threads: int | None =
     Raises:
         ValueError: this is no ONNX model, or a recurrent node lacks an input, has one that does not fit, or asks for
             what gatewise does not have; the message names the node and the input or attribute.
-        NotImplementedError: onnx.reference does not know another node's operator.
+        NotImplementedError: raised by onnx.reference, which runs every node that is not recurrent, for an operator
+            that it does not know.
     """
     try:
         if isinstance(model, onnx.ModelProto):
