@@ -33,8 +33,50 @@ template <> struct Element<std::uint64_t> { static constexpr const char *name = 
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
 template <> struct Element<bool> { static constexpr const char *name = "bool", *formats = "?"; };
 
+// What a capsule "dltensor" holds: the part of DLPack's header that has not changed since its first version
+// (github.com/dmlc/dlpack, dlpack.h: DLManagedTensor). Tensors of frameworks come so, where a gradient-tracking object
+// of theirs would not lend a buffer; whoever made the capsule keeps the tensor alive as long as the capsule is.
+struct DlTensor {
+  void* data;
+  std::int32_t device_type, device_id;  // 1: the CPU
+  std::int32_t ndim;
+  std::uint8_t code, bits;  // of an element; 0 int, 1 uint, 2 float, 4 bfloat, 6 bool
+  std::uint16_t lanes;
+  py::ssize_t *shape, *strides;  // of 64 bits each; strides in elements, null if contiguous
+  std::uint64_t byte_offset;
+
+  static constexpr const char* kCapsule = "dltensor";
+  static constexpr std::int32_t kCpu = 1;
+
+  // The format of an element as the buffer protocol writes it, '\0' if it is none of ours
+  char format() const {
+    if (lanes != 1) return '\0';
+    switch (code * 256 + bits) {
+      case 0x220:
+        return 'f';
+      case 0x240:
+        return 'd';
+      case 0x040:
+        return 'q';
+      case 0x140:
+        return 'Q';
+      case 0x108:
+        return 'B';
+      case 0x608:
+        return '?';
+      default:
+        return '\0';
+    }
+  }
+  std::string type_text() const {
+    constexpr const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+    return code == 6 ? "bool" : (code < 6 ? kinds[code] : "type ") + std::to_string(bits);
+  }
+};
+static_assert(sizeof(py::ssize_t) == 8, "DLPack's sizes are of 64 bits");
+
 // A borrowed array: holding it keeps the memory where it is. NumPy's are read as they are, which is many times
-// cheaper than the buffer protocol, through which everything else comes.
+// cheaper than the buffer protocol, through which everything else comes that is no DLPack capsule.
 class Array {
  public:
   Array() = default;
@@ -58,6 +100,7 @@ class Array {
              (view_->readonly ? 0 : Flags::NPY_ARRAY_WRITEABLE_);
     keep_shape(view_->shape, view_->strides);
   }
+  explicit Array(py::capsule capsule) : Array(*capsule.get_pointer<DlTensor>()) { owner_ = std::move(capsule); }
 
   template <class T> T* data() const { return static_cast<T*>(data_); }
   int ndim() const { return ndim_; }
@@ -79,7 +122,9 @@ class Array {
     for (int i = 0; i < ndim_; ++i) text += (i ? ", " : "") + std::to_string(size(i));
     return text + (ndim_ == 1 ? ",)" : ")");
   }
-  std::string format_text() const {
+  // Of an object that has no dtype to show
+  std::string type_text() const {
+    if (tensor_) return tensor_->type_text();
     return std::string("format '") + (view_ && view_->format ? view_->format : "B") + "'";
   }
 
@@ -87,6 +132,24 @@ class Array {
   struct Release {
     void operator()(Py_buffer* view) const { PyBuffer_Release(view), delete view; }
   };
+  explicit Array(const DlTensor& tensor)
+      : data_(static_cast<char*>(tensor.data) + tensor.byte_offset), ndim_(tensor.ndim), item_(tensor.bits / 8),
+        format_(tensor.format()), tensor_(&tensor) {
+    using Flags = py::detail::npy_api;
+    py::ssize_t strides[kShown] = {}, dense = 1;
+    bool contiguous = true;
+    for (int i = ndim_ - 1; i >= 0; --i) {
+      const py::ssize_t stride = tensor.strides ? tensor.strides[i] : dense;
+      contiguous = contiguous && (tensor.shape[i] == 1 || stride == dense);
+      dense *= tensor.shape[i];
+      if (i < kShown) strides[i] = stride * item_;
+    }
+    const bool aligned = item_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % std::uintptr_t(item_) == 0;
+    flags_ = (contiguous || dense == 0 ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
+             (aligned ? Flags::NPY_ARRAY_ALIGNED_ : 0) | Flags::NPY_ARRAY_WRITEABLE_;
+    keep_shape(tensor.shape, strides);
+  }
+
   static constexpr int kShown = 3;  // axes that any argument has: copied, for the caller may reshape its array
 
   void keep_shape(const py::ssize_t* shape, const py::ssize_t* strides) {
@@ -103,6 +166,7 @@ class Array {
   const py::ssize_t* shape_ = nullptr;  // read only to describe an array that is refused
   py::object owner_;
   std::unique_ptr<Py_buffer, Release> view_;
+  const DlTensor* tensor_ = nullptr;  // the owner's, if that is a capsule
 };
 
 // What an argument must be, for the sentence that says so
@@ -136,7 +200,7 @@ inline std::string describe_type(py::handle object) {
 
 inline std::string describe(py::handle object, const Array& array) {
   const std::string type =
-      py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : array.format_text();
+      py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : array.type_text();
   return type + " " + array.shape_text();
 }
 
@@ -147,12 +211,18 @@ inline std::string describe(py::handle object, const Array& array) {
 // Opens the array without looking at its shape or type.
 inline Array open(py::handle object, const char* name, const Expected& expected) {
   const bool numpy = py::isinstance<py::array>(object);
-  if (!numpy && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
+  const bool capsule = !numpy && PyCapsule_IsValid(object.ptr(), DlTensor::kCapsule);
+  if (!numpy && !capsule && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
   if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
     fail(name, expected.text(), "a masked array, whose mask would be ignored");
   Array array;
   if (numpy) {
     array = Array(py::reinterpret_borrow<py::array>(object));
+  } else if (capsule) {
+    const auto lent = py::reinterpret_borrow<py::capsule>(object);
+    if (lent.get_pointer<DlTensor>()->device_type != DlTensor::kCpu)
+      fail(name, expected.text(), "a tensor on another device than the CPU");
+    array = Array(lent);
   } else {
     auto view = std::make_unique<Py_buffer>();
     if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {

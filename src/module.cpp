@@ -52,10 +52,6 @@ struct Kept {
       : saved(tape && p.save() == Save::all), states(tape && p.kernels.info.has_c) {}
 };
 
-Array borrow_scratch(py::handle o, std::size_t bytes) {
-  return borrow<std::uint8_t>(o, "scratch", {{"bytes", py::ssize_t(bytes)}}, true);
-}
-
 // Scratch that this thread keeps from call to call, for fresh memory costs a page fault every 4 KB. Who uses it has
 // taken it out: a call within a call finds nothing, and makes its own.
 class Scratch {
@@ -69,7 +65,7 @@ class Scratch {
   ~Scratch() {
     if (block_.bytes <= kMostKept) kept() = std::move(block_);
   }
-  void* data() { return block_.memory.get(); }
+  void* data() const { return block_.memory.get(); }
 
  private:
   static constexpr std::size_t kMostKept = 32 << 20;  // where more is needed, page faults are a small part of the time
@@ -82,6 +78,20 @@ class Scratch {
     return block;
   }
   Block block_;
+};
+
+// The caller's scratch, or this thread's where None came
+class LentScratch {
+ public:
+  LentScratch(py::handle o, std::size_t bytes)
+      : lent_(borrow_optional<std::uint8_t>(o, "scratch", {{"bytes", py::ssize_t(bytes)}}, true)) {
+    if (o.is_none()) own_.emplace(bytes);
+  }
+  void* data() const { return own_ ? own_->data() : lent_.data<void>(); }
+
+ private:
+  Array lent_;
+  std::optional<Scratch> own_;
 };
 
 // The caller's array as what the kernels add to: in the order of Ticks' members
@@ -487,24 +497,26 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "forward",
       [](const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
-         py::handle scratch, int threads, py::handle ticks) {
-        const Array lent = borrow_scratch(scratch, p.sizes.forward_scratch);
+         py::handle scratch, int threads, py::handle ticks, py::handle packed) {
         check_threads(threads);
+        const LentScratch lent(scratch, p.sizes.forward_scratch);
+        PackedWeights* const kept =
+            packed.is_none() || !PackedWeights::pays(p) ? nullptr : packed.cast<PackedWeights*>();
         p.typed([&](auto zero) {
-          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data<void>(), threads, ticks, nullptr, 0);
+          forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data(), threads, ticks, kept, 0);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),
-      py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
+      py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none(), py::arg("packed") = py::none());
 
   m.def(
       "backward",
       [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
          py::handle dcn, const GradientArrays& gradients, py::handle scratch, int threads, py::handle ticks) {
-        const Array lent = borrow_scratch(scratch, p.sizes.backward_scratch);
         check_threads(threads);
+        const LentScratch lent(scratch, p.sizes.backward_scratch);
         p.typed([&](auto zero) {
-          backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, gradients, lent.data<void>(), threads, ticks);
+          backward<decltype(zero)>(p, y, saved, states, dy, dhn, dcn, gradients, lent.data(), threads, ticks);
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),

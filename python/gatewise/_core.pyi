@@ -84,7 +84,9 @@ class Stream:
     def set_state(self, h: Any, c: Any, /) -> None: ...  # None for zeros
 
 # A whole call each, arguments by position: they allocate the outputs, and lend them to the same code as `forward` and
-# `backward` below, to which the caller lends its own. `wanted`: a set of names, or None for all that the cell has.
+# `backward` below, to which the caller lends its own; `scratch` is None for memory that the thread keeps. `wanted`: a
+# set of names, or None for all that the cell has. An array, here and above, is NumPy's, lends a buffer, or is a DLPack
+# capsule of a tensor on the CPU.
 def run_forward(
     cell: Any,
     x: Any,
@@ -118,7 +120,16 @@ def run_backward(
     /,
 ) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]: ...  # in the order of functional.Gradients
 def forward(
-    problem: Problem, y: Any, hn: Any, cn: Any, saved: Any, states: Any, scratch: Any, threads: int, ticks: Any = None
+    problem: Problem,
+    y: Any,
+    hn: Any,
+    cn: Any,
+    saved: Any,
+    states: Any,
+    scratch: Any,
+    threads: int,
+    ticks: Any = None,
+    packed: PackedWeights | None = None,
 ) -> None: ...
 def backward(
     problem: Problem,

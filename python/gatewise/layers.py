@@ -111,6 +111,15 @@ class Layer:
     """
 
     cells: ClassVar[tuple[str, ...]] = ()  # the cells a subclass stands for; none: any
+    has_c: bool
+    cell_clip: float | None  # this and the following: see set_options
+    input_dropout: float
+    recurrent_dropout: float
+    weight_dropout: float
+    variational: bool
+    zoneout: tuple[float, float]
+    forget_bias: float | None
+    saves: str
 
     def __init__(
         self,
@@ -141,7 +150,7 @@ class Layer:
         if cell not in known:
             raise ValueError(f"cell: expected one of {', '.join(sorted(known))}; got {cell!r}")
         self.cell, self._traits = cell, known[cell]
-        self.has_c: bool = self._traits["has_c"]
+        self.has_c = self._traits["has_c"]
         self.input_size = _size("input_size", input_size)
         self.hidden_size = _size("hidden_size", hidden_size)
         self.num_layers = _size("num_layers", num_layers)
@@ -149,24 +158,12 @@ class Layer:
         if self.proj_size > self.hidden_size:
             raise ValueError(f"proj_size: expected at most hidden_size = {hidden_size}; got {proj_size!r}")
         self.bias, self.batch_first, self.bidirectional = bool(bias), bool(batch_first), bool(bidirectional)
-        self.variational = bool(variational)
         self.dropout = _probability("dropout", dropout)
-        self.input_dropout = _probability("input_dropout", input_dropout)
-        self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
-        self.weight_dropout = _probability("weight_dropout", weight_dropout)
-        pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if self.has_c else 0.0)
-        if len(pair) != 2:
-            raise ValueError(f"zoneout: expected a probability or a pair, of h and of c; got {zoneout!r}")
-        self.zoneout = _probability("zoneout", pair[0]), _probability("zoneout", pair[1])
-        if cell_clip is not None and not (isinstance(cell_clip, (int, float, np.number)) and cell_clip > 0):
-            raise ValueError(f"cell_clip: expected a positive number or None; got {cell_clip!r}")
-        self.cell_clip = None if cell_clip is None else float(cell_clip)
-        self.forget_bias = None if forget_bias is None else float(forget_bias)
-        if save not in _SAVES:
-            raise ValueError(f"save: expected one of {', '.join(map(repr, _SAVES))}; got {save!r}")
-        self.saves = save  # `save` is what writes a file
+        set_options(
+            self, cell_clip=cell_clip, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout, variational=variational, zoneout=zoneout, forget_bias=forget_bias, save=save,
+        )  # fmt: skip
         self.dtype = _dtype(dtype)
-        self._must_fit_the_cell()
         self.backend, self.num_threads = backend, num_threads
         self.random = np.random.default_rng(random_state)
         pairs = list(np.ndindex(self.num_layers, self.directions))
@@ -177,23 +174,6 @@ class Layer:
         self._names = [[_name(kind, *pair) for kind in _FIELDS] for pair in pairs]  # also of those that it has not
         self._packed = [_core.PackedWeights() for _ in self._names]
         self._changed, self._free = next(_PROMISES), 0  # see _promise
-
-    def _must_fit_the_cell(self) -> None:
-        """Options that not every cell has a place for."""
-        traits, normed = self._traits, self._traits["normed"]
-        forgets = self.has_c and traits["G"] == 4  # gates i f g o
-        for name, fits, needs in (
-            ("bias", self.bias or not normed, "True, for its biases are blocks of weight_unit"),
-            ("proj_size", not self.proj_size or (self.has_c and not normed), "0, for it has no projection"),
-            ("cell_clip", self.cell_clip is None or self.has_c, "None, for it has no cell state c"),
-            ("zoneout", not self.zoneout[1] or self.has_c, "0 for c, for it has no cell state c"),
-            ("recurrent_dropout", not self.recurrent_dropout or traits["product"], "0, for h meets no weight_hh"),
-            ("weight_dropout", not self.weight_dropout or traits["product"], "0, for it has no weight_hh"),
-            ("forget_bias", self.forget_bias is None or forgets, "None, for it has no forget gate of its own"),
-            ("forget_bias", self.forget_bias is None or self.bias, "None, for there are no biases"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: of the cell {self.cell!r} expected {needs}; got {getattr(self, name)!r}")
 
     # -- weights -------------------------------------------------------------------------------------------
 
@@ -292,9 +272,8 @@ class Layer:
         G, H, normed = self._traits["G"], self.hidden_size, self._traits["normed"]
         bound = 1.0 / np.sqrt(H)
         value = self.random.uniform(-bound, bound, shape)
-        if kind == "weight_unit" and normed:  # gains of both products, biases, gain and bias of c
-            block = np.arange(len(value)) // H
-            value = np.where((block < 2 * G) | (self.has_c & (block == 3 * G)), 1.0, 0.0)
+        if kind == "weight_unit" and normed:
+            value = np.repeat(norm_start(self._traits), H)
         elif kind == "weight_unit" and not self._traits["product"]:
             value = self.random.uniform(0.0, 1.0, shape)
         if self.forget_bias is not None and kind in ("bias_ih", "bias_hh", *["weight_unit"] * normed):
@@ -741,6 +720,63 @@ class Stream(_core.Stream):
     def reset(self, state: State | None = None) -> None:
         """Start from this state, in the form of `state`, or from zeros."""
         self.set_state(*_split(state, "state", self._has_c, self._layers))
+
+
+def set_options(
+    layer: Any,
+    *,
+    cell_clip: float | None,
+    input_dropout: float,
+    recurrent_dropout: float,
+    weight_dropout: float,
+    variational: bool,
+    zoneout: float | tuple[float, float],
+    forget_bias: float | None,
+    save: str,
+) -> None:
+    """Makes these options (see `Layer`) attributes of a layer, this module's or PyTorch's, `zoneout` as a pair and
+    `save` under the name `saves`: `save` writes a file. The layer has `cell`, `bias`, `proj_size` already.
+
+    Raises:
+        ValueError: an option out of its range, or one that the cell has no place for, by name.
+    """
+    traits = _core.cells[layer.cell]
+    has_c, normed = traits["has_c"], traits["normed"]
+    layer.variational = bool(variational)
+    layer.input_dropout = _probability("input_dropout", input_dropout)
+    layer.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
+    layer.weight_dropout = _probability("weight_dropout", weight_dropout)
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if has_c else 0.0)
+    if len(pair) != 2:
+        raise ValueError(f"zoneout: expected a probability or a pair, of h and of c; got {zoneout!r}")
+    layer.zoneout = _probability("zoneout", pair[0]), _probability("zoneout", pair[1])
+    if cell_clip is not None and not (isinstance(cell_clip, (int, float, np.number)) and cell_clip > 0):
+        raise ValueError(f"cell_clip: expected a positive number or None; got {cell_clip!r}")
+    layer.cell_clip = None if cell_clip is None else float(cell_clip)
+    layer.forget_bias = None if forget_bias is None else float(forget_bias)
+    if save not in _SAVES:
+        raise ValueError(f"save: expected one of {', '.join(map(repr, _SAVES))}; got {save!r}")
+    layer.saves = save
+    forgets = has_c and traits["G"] == 4  # gates i f g o
+    for name, fits, needs in (
+        ("bias", layer.bias or not normed, "True, for its biases are blocks of weight_unit"),
+        ("proj_size", not layer.proj_size or (has_c and not normed), "0, for it has no projection"),
+        ("cell_clip", layer.cell_clip is None or has_c, "None, for it has no cell state c"),
+        ("zoneout", not layer.zoneout[1] or has_c, "0 for c, for it has no cell state c"),
+        ("recurrent_dropout", not layer.recurrent_dropout or traits["product"], "0, for h meets no weight_hh"),
+        ("weight_dropout", not layer.weight_dropout or traits["product"], "0, for it has no weight_hh"),
+        ("forget_bias", layer.forget_bias is None or forgets, "None, for it has no forget gate of its own"),
+        ("forget_bias", layer.forget_bias is None or layer.bias, "None, for there are no biases"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: of the cell {layer.cell!r} expected {needs}; got {getattr(layer, name)!r}")
+
+
+def norm_start(traits: Mapping[str, Any]) -> list[float]:
+    """What each block of weight_unit starts as in a layer-normalised cell: gains of both products at 1, biases at 0;
+    of a cell with c then its gain and its bias."""
+    G, U, has_c = traits["G"], traits["U"], traits["has_c"]
+    return [1.0 if block < 2 * G or (has_c and block == 3 * G) else 0.0 for block in range(U)]
 
 
 def draw_seed(random: np.random.Generator) -> int:
