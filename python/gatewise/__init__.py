@@ -57,6 +57,7 @@ _LAZY = {
     "check": "check",
     "onnx": "onnx",
     "sepsis": "sepsis",
+    "torch": "torch",
 }
 
 
@@ -108,4 +109,5 @@ __all__ = [
     "rnn",
     "rnn_backward",
     "rnn_forward",
+    "torch",
 ]
