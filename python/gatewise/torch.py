@@ -9,7 +9,7 @@ batch, I input size, H hidden units, R size of h, L layers, D directions, G gate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -21,7 +21,6 @@ except ImportError as error:
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.dlpack import to_dlpack
 
 from . import _core, functional, layers
 from .backends import backends, choose_num_threads
@@ -45,6 +44,7 @@ _INPUTS = (
     + ", str cell, bool reverse, bool batch_first, str reset_to, float zoneout_h, float zoneout_c, float? cell_clip,"
     " str save"
 )
+to_dlpack: Any = torch._C._to_dlpack  # what torch.utils.dlpack.to_dlpack is
 _CPU = torch.device("cpu")
 _PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -69,7 +69,7 @@ class _Options(NamedTuple):
 def _lend(tensor: Maybe) -> Any:
     if tensor is None:
         return None
-    return to_dlpack(tensor if tensor.is_contiguous() else tensor.contiguous())  # type: ignore[attr-defined]
+    return to_dlpack(tensor if tensor.is_contiguous() else tensor.contiguous())
 
 
 def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
@@ -84,7 +84,7 @@ def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
     )  # fmt: skip
     return _core.Problem(
         options.cell,
-        to_dlpack(x if x.stride(-1) == 1 or x.is_contiguous() else x.contiguous()),  # type: ignore[attr-defined]
+        to_dlpack(x if x.stride(-1) == 1 or x.is_contiguous() else x.contiguous()),
         _lend(w_ih), _lend(w_hh), _lend(b_ih), _lend(b_hh), _lend(h0), _lend(c0), _lend(lengths), options.reverse,
         extras,
     )  # fmt: skip
@@ -155,10 +155,14 @@ def _backward(
         if is_wanted and tensor is not None:  # the weights' are added to
             make = torch.empty if i < 3 else torch.zeros
             out[i] = make(tensor.shape, dtype=y.dtype, device=_CPU)
-    own = p.sizes
+    own, (dy, dhn, dcn) = p.sizes, incoming
+    if options.save != "all":  # an op's are empty tensors
+        saved = None
+    if not p.has_c:
+        states = None
     _core.backward(
-        p, _lend(y), None if options.save != "all" else _part(saved, own[0]), _part(states, own[1]) if p.has_c else None,
-        *map(_lend, incoming), tuple(map(_lend, out)), None, _num_threads(),
+        p, _lend(y), _part(saved, own[0]), _part(states, own[1]),
+        _lend(dy), _lend(dhn), _lend(dcn), tuple(map(_lend, out)), None, _num_threads(),
     )  # fmt: skip
     return out
 
@@ -373,7 +377,7 @@ def _gradients(ctx: Any, incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[
     if torch.is_grad_enabled() or not _is_eager((*incoming, *tensors, y)):  # the op can be differentiated once more
         x = tensors[0]
         tape = y, _present(saved, x), _present(states, x)
-        got = torch.ops.gatewise.backward(*incoming, *tensors, *ctx.options, *tape, wanted)
+        got = _call("backward", *incoming, *tensors, *ctx.options, *tape, wanted)
         return [d if is_wanted else None for d, is_wanted in zip(got, wanted)] + none
     return _backward(tensors, ctx.options, y, saved, states, incoming, wanted) + none
 
@@ -408,7 +412,7 @@ def _second_gradients(ctx: Any, *direction: Maybe) -> tuple[Maybe, ...]:
     rest: list[Maybe] = [None] * (_ALL - _GRADIENTS + len(_Options._fields) + 4)
     if all(d is None for d in direction):
         return (*[None] * len(wanted), *rest)
-    got = torch.ops.gatewise.double_backward(*direction, *saved, *ctx.options, wanted)
+    got = _call("double_backward", *direction, *saved, *ctx.options, wanted)
     return (*(d if is_wanted else None for d, is_wanted in zip(got, wanted)), *rest)
 
 
@@ -436,7 +440,7 @@ def _folded(tensor: Maybe, dim: int | None, axis: int, size: int) -> Maybe:
 
 
 def _unfolded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    return tensor.unflatten(axis, (tensor.shape[axis] // size, size))
+    return tensor.reshape(*tensor.shape[:axis], tensor.shape[axis] // size, size, *tensor.shape[axis + 1 :])
 
 
 def _fold_inputs(tensors: Sequence[Maybe], dims: Sequence[Any], options: _Options, size: int) -> list[Maybe]:
@@ -449,62 +453,101 @@ def _fold_inputs(tensors: Sequence[Maybe], dims: Sequence[Any], options: _Option
     return folded
 
 
-def _one_by_one(op: Any, size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+def _one_by_one(call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
     def at(b: int) -> Iterator[Any]:
         for arg, dim in zip(args, dims):
             yield arg.select(dim, b) if isinstance(arg, Tensor) and dim is not None else arg
 
-    results = [op(*at(b)) for b in range(size)]
+    results = [call(*at(b)) for b in range(size)]
     stacked = tuple(torch.stack(parts) for parts in zip(*results))
     return stacked, (0,) * len(stacked)
 
 
-@_forward_op.register_vmap
-def _(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+def _vmap_forward(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
     tensors, options = _split(args)
-    size, op = info.batch_size, torch.ops.gatewise.forward
+    size = info.batch_size
     shared = all(dims[i] is None for i in (*range(3, _GRADIENTS), 11)) and tensors[13] is None
     if not shared:
-        return _one_by_one(op, size, dims, args)
-    y, hn, cn, saved, states = op(*_fold_inputs(tensors, dims, options, size), *options, args[-1])
+        return _one_by_one(partial(_call, "forward"), size, dims, args)
+    y, hn, cn, saved, states = _call("forward", *_fold_inputs(tensors, dims, options, size), *options, args[-1])
     axis = _axis("x", options, tensors[11] is not None)
     # the tape of all calls together: `_vmap_backward` knows it by y, which is mapped while they are not
-    return (_unfolded(y, axis, size), _unfolded(hn, 0, size), _unfolded(cn, 0, size), saved, states), (
-        axis + 1, 1, 1, None, None,
-    )  # fmt: skip
+    unfolded = _unfolded(y, axis, size), _unfolded(hn, 0, size), _unfolded(cn, 0, size)
+    return (*unfolded, saved, states), (axis + 1, 1, 1, None, None)
 
 
-@_backward_op.register_vmap
 def _vmap_backward(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
-    size, op = info.batch_size, torch.ops.gatewise.backward
+    size = info.batch_size
     tensors, options = _split(args[3:])
-    own_dims, (y, saved, states, wanted) = dims[3 : 3 + _ALL], args[-4:]
-    y_dim, saved_dim, states_dim = dims[-4], dims[-3], dims[-2]
-    together = y_dim is not None and saved_dim is None and states_dim is None
-    if not together:
-        return _one_by_one(op, size, dims, args)
+    y, saved, states, wanted = args[-4:]
+    y_dim, saved_dim, states_dim = dims[-4:-1]
+    if y_dim is None or saved_dim is not None or states_dim is not None:
+        return _one_by_one(partial(_call, "backward"), size, dims, args)
     if any(wanted[3:]):  # each call's own gradients of the weights: from a tape of its own, made again
 
         def again(*one: Any) -> Any:
-            tape = torch.ops.gatewise.forward(*one[3:-4], True)
-            return op(*one[:-4], tape[0], tape[3], tape[4], one[-1])
+            tape = _call("forward", *one[3:-4], True)
+            return _call("backward", *one[:-4], tape[0], tape[3], tape[4], one[-1])
 
         return _one_by_one(again, size, dims, args)
-    packed = tensors[11] is not None
-    axis = _axis("x", options, packed)
-    incoming = [_folded(t, d, a, size) for t, d, a in zip(args[:3], dims[:3], (axis, 0, 0))]
-    folded = _fold_inputs(tensors, own_dims, options, size)
-    got = op(*incoming, *folded, *options, _folded(y, y_dim, axis, size), saved, states, wanted)
-    axes = (axis, 0, 0)
+    axes = _axis("x", options, tensors[11] is not None), 0, 0
+    incoming = [_folded(t, d, a, size) for t, d, a in zip(args[:3], dims[:3], axes)]
+    folded = _fold_inputs(tensors, dims[3 : 3 + _ALL], options, size)
+    got = _call("backward", *incoming, *folded, *options, _folded(y, y_dim, axes[0], size), saved, states, wanted)
     first = [_unfolded(d, a, size) if w else d for d, a, w in zip(got, axes, wanted)]
-    return (*first, *got[3:]), (
-        *(a + 1 if w else None for a, w in zip(axes, wanted)), *[None] * (_GRADIENTS - 3),
-    )  # fmt: skip
+    out_dims = [a + 1 if w else None for a, w in zip(axes, wanted)]
+    return (*first, *got[3:]), (*out_dims, *[None] * (_GRADIENTS - 3))
 
 
-@_double_backward_op.register_vmap
-def _(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
-    return _one_by_one(torch.ops.gatewise.double_backward, info.batch_size, dims, args)
+def _vmap_double_backward(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+    return _one_by_one(partial(_call, "double_backward"), info.batch_size, dims, args)
+
+
+_forward_op.register_vmap(_vmap_forward)
+_backward_op.register_vmap(_vmap_backward)
+_double_backward_op.register_vmap(_vmap_double_backward)
+
+
+class _Forward(torch.autograd.Function):
+    """`gatewise::forward` for torch.func, which does not see through the autograd of an op."""
+
+    forward = staticmethod(lambda *args: torch.ops.gatewise.forward(*args))
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(_op_gradients)
+    vmap = staticmethod(_vmap_forward)
+
+
+class _Backward(torch.autograd.Function):
+    forward = staticmethod(lambda *args: torch.ops.gatewise.backward(*args))
+    setup_context = staticmethod(_keep_for_double_backward)
+    backward = staticmethod(_second_gradients)
+    vmap = staticmethod(_vmap_backward)
+
+
+class _DoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.gatewise.double_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("gatewise.torch: third derivatives are not available")
+
+    vmap = staticmethod(_vmap_double_backward)
+
+
+_FUNCTIONS = {"forward": _Forward, "backward": _Backward, "double_backward": _DoubleBackward}
+
+
+def _call(name: str, *args: Any) -> Any:
+    """An op, by the way that whoever watches can follow."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name].apply(*args)  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.gatewise, name)(*args)
 
 
 # -- one layer in one direction ----------------------------------------------------------------------------------
@@ -514,7 +557,7 @@ def _is_eager(tensors: Sequence[Maybe]) -> bool:
     """Whether these are numbers on the CPU, and nobody watches what is done to them."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return False
     return all(type(t) in _PLAIN and (t is None or t.is_cpu) for t in tensors)
 
@@ -525,7 +568,7 @@ def _layer(
     """y, hn, cn (None for a cell without c)."""
     if not _is_eager(tensors):
         grad = torch.is_grad_enabled()
-        y, hn, cn, *_ = torch.ops.gatewise.forward(*tensors, *options, grad)
+        y, hn, cn, *_ = _call("forward", *tensors, *options, grad)
         return y, hn, cn if _core.cells[options.cell]["has_c"] else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Run.apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return]
@@ -545,7 +588,7 @@ def _wide(tensor: Maybe) -> Maybe:
 
 
 class States(NamedTuple):
-    """What a (layer, direction) went through, step by step; leading axes as in the output. Copies without a gradient."""
+    """What a (layer, direction) went through, axes before the last as in the output. Copies, without gradients."""
 
     gates: Tensor  # [T, N, G, H] activated, in PyTorch's order
     c: Maybe  # [T, N, H]; None for a cell without c
@@ -565,6 +608,14 @@ class _Layers(nn.RNNBase):
     is derived from it."""
 
     cell: str
+    cell_clip: float | None  # this and the following: see layers.set_options
+    input_dropout: float
+    recurrent_dropout: float
+    weight_dropout: float
+    variational: bool
+    zoneout: tuple[float, float]
+    forget_bias: float | None
+    saves: str
 
     def __init__(self, mode: str, cell: str, *args: Any, options: dict[str, Any], **kwargs: Any) -> None:
         self.cell = cell
@@ -573,7 +624,7 @@ class _Layers(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         layers.set_options(self, **{**_NO_OPTIONS, **options})
         traits = _core.cells[cell]
-        if traits["G"] * self.hidden_size != len(self.weight_ih_l0) or traits["U"] or not traits["product"]:
+        if traits["G"] * self.hidden_size != self.weight_ih_l0.shape[0] or traits["U"] or not traits["product"]:
             self._make_weights_of(traits)
         self._adopt()
         if traits["U"] or self.forget_bias is not None or cell == "lstm_coupled":
@@ -582,10 +633,10 @@ class _Layers(nn.RNNBase):
     def _make_weights_of(self, traits: dict[str, Any]) -> None:
         """The parameters of a cell that torch.nn does not have."""
         G, U, H = traits["G"], traits["U"], self.hidden_size
-        like = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
+        like: dict[str, Any] = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
         for names in self._all_weights:
             suffix = names[0][len("weight_ih") :]
-            shapes = {"weight_ih": (G * H, getattr(self, names[0]).shape[1])}
+            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (G * H, getattr(self, names[0]).shape[1])}
             if traits["product"]:
                 shapes["weight_hh"] = (G * H, self.proj_size or H)
             if self.bias and not traits["normed"]:
@@ -598,7 +649,7 @@ class _Layers(nn.RNNBase):
                 delattr(self, name)
             names[:] = [kind + suffix for kind in shapes]
             for name, shape in zip(names, shapes.values()):
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, **like)))  # type: ignore[arg-type]
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, **like)))
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
 
@@ -615,7 +666,7 @@ class _Layers(nn.RNNBase):
         self._packed = [_core.PackedWeights() for _ in self._names]
 
     def reset_parameters(self) -> None:
-        """U(-1/sqrt(H), 1/sqrt(H)) in torch.nn's order, from the same numbers; see gatewise.layers.Layer for the rest."""
+        """U(-1/sqrt(H), 1/sqrt(H)), drawn as torch.nn draws; for the rest see gatewise.layers.Layer."""
         super().reset_parameters()
         if "forget_bias" not in self.__dict__:  # within torch.nn's constructor
             return
@@ -681,9 +732,7 @@ class _Layers(nn.RNNBase):
         if packed:
             x, batch_sizes, order, back = input
             if lengths is not None:
-                raise ValueError(
-                    "lengths: expected None, for a PackedSequence tells its lengths; got lengths beside it"
-                )
+                raise ValueError("lengths: expected None, for a PackedSequence tells them; got lengths too")
         elif x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
         unbatched = not packed and x.dim() == 2
@@ -724,6 +773,7 @@ class _Layers(nn.RNNBase):
             form = "a pair (h_0, c_0)" if has_c else "one tensor h_0"
             raise RuntimeError(f"hx: expected {form}; got {type(hx).__name__}")
         h, c = hx if has_c else (hx, None)
+        assert h is not None
         dim = 2 if unbatched else 3
         for state in (h, c):
             if state is not None and state.dim() != dim:
@@ -784,7 +834,7 @@ class _Layers(nn.RNNBase):
                 source, h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset, seed
             )  # fmt: skip
             if with_states:
-                y, hn, cn, saved, kept = torch.ops.gatewise.forward(*tensors, *options, True)
+                y, hn, cn, saved, kept = _call("forward", *tensors, *options, True)
                 with torch.no_grad():
                     gates, c_all = torch.ops.gatewise.unpack(*tensors, *options, y, saved, kept)
                 states.append(States(gates.to(dtype), c_all.to(dtype) if c is not None or c_all.numel() else None))
@@ -830,8 +880,8 @@ class RNN(_Layers):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         super().__init__(
-            f"RNN_{nonlinearity.upper()}", f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, device=device, dtype=dtype, options=options,
+            f"RNN_{nonlinearity.upper()}", f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias,
+            batch_first, dropout, bidirectional, device=device, dtype=dtype, options=options,
         )  # fmt: skip
 
 
@@ -962,7 +1012,7 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
         tensors = (x.unsqueeze(0), h, c, *weights, *[None] * 7)
     else:
         tensors = (x, h, c, *weights, None, None, None, None, _one_step(x.shape[0]), None, None)
-    y, hn, cn = _layer(tensors, _Options(cell))
+    _, hn, cn = _layer(tensors, _Options(cell))
     dtype = torch.float32 if _is_autocast() and input.dtype in _16_BIT else input.dtype
     return hn.to(dtype), None if cn is None else cn.to(dtype)
 
