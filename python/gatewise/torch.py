@@ -46,7 +46,7 @@ _INPUTS = (
 )
 to_dlpack: Any = torch._C._to_dlpack  # what torch.utils.dlpack.to_dlpack is
 _CPU = torch.device("cpu")
-_PLAIN = {torch.Tensor, nn.Parameter, type(None)}
+_PLAIN = (torch.Tensor, nn.Parameter)
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
@@ -118,10 +118,11 @@ def _forward(
     if keep:
         own = p.sizes[:2]
         wide = own if tape_sizes is None else tape_sizes()
+        make = torch.empty if own == wide else _untouched_zeros
         if options.save == "all":
-            saved = torch.empty((wide[0],), dtype=dtype, device=_CPU)
+            saved = make((wide[0],), dtype=dtype, device=_CPU)
         if p.has_c:
-            states = torch.empty((wide[1],), dtype=dtype, device=_CPU)
+            states = make((wide[1],), dtype=dtype, device=_CPU)
     else:
         own = (0, 0)
     _core.forward(
@@ -129,6 +130,11 @@ def _forward(
         packed,
     )  # fmt: skip
     return y, hn, cn, saved, states
+
+
+def _untouched_zeros(shape: tuple[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that the system provides when they are touched, as NumPy asks for them and torch.zeros does not."""
+    return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _part(buffer: Maybe, size: int) -> Any:
@@ -307,13 +313,16 @@ def _double_backward_op(*args: Any) -> tuple[Tensor, ...]:
     arrays = _as_arrays(tensors, options)
     dy, dhn, dcn = (None if t is None else _numbers(t.contiguous()) for t in incoming)
     _core.Problem(options.cell, *arrays).check_incoming(dy, dhn, dcn)
-    along = {f"d{name}": _numbers(v) for name, v in zip(_TENSORS, direction)}
+    along = {
+        f"d{name}": _numbers(v) for name, v, t in zip(_TENSORS, direction, tensors)
+        if t is not None and v is not None and v.shape == t.shape  # else of a gradient that was not wanted: empty
+    }  # fmt: skip
     got = reference.double_backward(options.cell, arrays, dy, dhn, dcn, along)
     names = ["ddy", "ddhn", "ddcn", *(f"d{name}" for name in _TENSORS[:_GRADIENTS])]
     x = tensors[0]
     assert x is not None
     return tuple(
-        torch.from_numpy(np.ascontiguousarray(got[name])) if is_wanted else x.new_empty(0)
+        torch.from_numpy(np.ascontiguousarray(got[name])) if is_wanted and name in got else x.new_empty(0)
         for name, is_wanted in zip(names, args[-1])
     )
 
@@ -374,7 +383,7 @@ def _gradients(ctx: Any, incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[
     wanted = [bool(w) for w in wanted]
     if not _core.cells[ctx.options.cell]["has_c"]:
         incoming = *incoming[:2], None
-    if torch.is_grad_enabled() or not _is_eager((*incoming, *tensors, y)):  # the op can be differentiated once more
+    if torch.is_grad_enabled() or _is_watched((*incoming, *tensors, y)):  # the op can be differentiated once more
         x = tensors[0]
         tape = y, _present(saved, x), _present(states, x)
         got = _call("backward", *incoming, *tensors, *ctx.options, *tape, wanted)
@@ -553,25 +562,30 @@ def _call(name: str, *args: Any) -> Any:
 # -- one layer in one direction ----------------------------------------------------------------------------------
 
 
-def _is_eager(tensors: Sequence[Maybe]) -> bool:
-    """Whether these are numbers on the CPU, and nobody watches what is done to them."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-        return False
-    return all(type(t) in _PLAIN and (t is None or t.is_cpu) for t in tensors)
+def _is_watched(tensors: Sequence[Maybe]) -> bool:
+    """Whether somebody watches what is done to these tensors, or they are not simply numbers on the CPU."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    for tensor in tensors:  # noqa: SIM110 (any() over a generator takes four times as long)
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+            return True
+    return False
 
 
 def _layer(
     tensors: Sequence[Maybe], options: _Options, packed: _core.PackedWeights | None = None
 ) -> tuple[Tensor, Tensor, Maybe]:
     """y, hn, cn (None for a cell without c)."""
-    if not _is_eager(tensors):
-        grad = torch.is_grad_enabled()
-        y, hn, cn, *_ = _call("forward", *tensors, *options, grad)
+    if _is_watched(tensors):
+        y, hn, cn, *_ = _call("forward", *tensors, *options, torch.is_grad_enabled())
         return y, hn, cn if _core.cells[options.cell]["has_c"] else None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Run.apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                # not Function's own, which first looks for torch.func: nobody watches
+                return super(torch.autograd.Function, _Run).apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return, misc]
     return _forward(tensors, options, False, None, packed)[:3]
 
 
@@ -582,6 +596,13 @@ def _is_autocast() -> bool:
 def _wide(tensor: Maybe) -> Maybe:
     """16-bit numbers as float32, in which the kernels compute."""
     return tensor.float() if tensor is not None and tensor.dtype in _16_BIT else tensor
+
+
+def _weight(module: nn.Module, name: str) -> Maybe:
+    """A module's weight. Most are in its dict of parameters, where they are found in a fifth of getattr's time; not
+    those that are computed (torch.nn.utils.parametrize)."""
+    weight = module._parameters.get(name) if not torch.compiler.is_compiling() else None
+    return _wide(getattr(module, name) if weight is None else weight)
 
 
 # -- modules -----------------------------------------------------------------------------------------------------
@@ -624,7 +645,7 @@ class _Layers(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         layers.set_options(self, **{**_NO_OPTIONS, **options})
         traits = _core.cells[cell]
-        if traits["G"] * self.hidden_size != self.weight_ih_l0.shape[0] or traits["U"] or not traits["product"]:
+        if traits["G"] * self.hidden_size != len(self._flat_weights[0]) or traits["U"] or not traits["product"]:
             self._make_weights_of(traits)
         self._adopt()
         if traits["U"] or self.forget_bias is not None or cell == "lstm_coupled":
@@ -813,7 +834,7 @@ class _Layers(nn.RNNBase):
                 p = self.dropout if k else self.input_dropout
                 source = self._dropped(sequence, p, batch_first, batch_sizes) if p and self.training else sequence
                 outputs = []
-            w_ih, w_hh, b_ih, b_hh, w_unit, w_hr = (None if n is None else _wide(getattr(self, n)) for n in names)
+            w_ih, w_hh, b_ih, b_hh, w_unit, w_hr = [None if n is None else _weight(self, n) for n in names]
             h_mask = seed = None
             if self.training:
                 if self.weight_dropout and w_hh is not None:
@@ -827,7 +848,8 @@ class _Layers(nn.RNNBase):
                 self.cell, direction == 1, batch_first, reset_to, *self.zoneout, self.cell_clip,
                 "all" if with_states else self.saves,
             )  # fmt: skip
-            h0, c0 = (None if s is None else _wide(s[k]) for s in (h, c))
+            h0 = None if h is None else _wide(h[k])
+            c0 = None if c is None else _wide(c[k])
             if autocast and wide != torch.float64:
                 h0, c0 = (None if s is None else s.float() for s in (h0, c0))
             tensors = (
@@ -842,11 +864,11 @@ class _Layers(nn.RNNBase):
             else:
                 y, hn, cn = _layer(tensors, options, self._packed[k])
             outputs.append(y)
-            hs.append(hn.to(dtype))
-            cs.append(None if cn is None else cn.to(dtype))
+            hs.append(hn if hn.dtype is dtype else hn.to(dtype))
+            cs.append(cn if cn is None or cn.dtype is dtype else cn.to(dtype))
             if direction == directions - 1:
                 sequence = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        return sequence.to(dtype), hs, cs, states
+        return sequence if sequence.dtype is dtype else sequence.to(dtype), hs, cs, states
 
     def _dropped(self, x: Tensor, p: float, batch_first: bool, batch_sizes: Maybe) -> Tensor:
         if not self.variational:
@@ -982,6 +1004,9 @@ def _one_step(N: int) -> Tensor:
     return torch.tensor([N] * (N > 0), dtype=torch.int64)
 
 
+_STEPS = {cell: _Options(cell) for cell in _core.cells}
+
+
 def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Tensor, Maybe]:
     """h and c after one step; input [N, I] or [I]."""
     name = type(module).__name__
@@ -1003,18 +1028,23 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
             raise RuntimeError(
                 f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {module.hidden_size}"
             )
-    weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
-    x, h, c, *weights = (_wide(t) for t in (input, h, c, *weights))
+    w_ih, w_hh = _weight(module, "weight_ih"), _weight(module, "weight_hh")
+    b_ih, b_hh = (_weight(module, "bias_ih"), _weight(module, "bias_hh")) if module.bias else (None, None)
+    x, h, c = _wide(input), _wide(h), _wide(c)
     assert x is not None
     if _is_autocast():
         h, c = (None if s is None else s.to(x.dtype) for s in (h, c))
-    if torch.compiler.is_compiling():
-        tensors = (x.unsqueeze(0), h, c, *weights, *[None] * 7)
+    steps = None
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        x = x.unsqueeze(0)
     else:
-        tensors = (x, h, c, *weights, None, None, None, None, _one_step(x.shape[0]), None, None)
-    _, hn, cn = _layer(tensors, _Options(cell))
+        steps = _one_step(x.shape[0])
+    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, steps, None, None)
+    _, hn, cn = _layer(tensors, _STEPS[cell])
     dtype = torch.float32 if _is_autocast() and input.dtype in _16_BIT else input.dtype
-    return hn.to(dtype), None if cn is None else cn.to(dtype)
+    if hn.dtype is not dtype:
+        hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
+    return hn, cn
 
 
 class RNNCell(nn.RNNCell):
