@@ -118,7 +118,7 @@ def _forward(
     if keep:
         own = p.sizes[:2]
         wide = own if tape_sizes is None else tape_sizes()
-        make = torch.empty if own == wide else _untouched_zeros
+        make = torch.empty if tape_sizes is None else _untouched_zeros  # an op's results have no numbers by chance
         if options.save == "all":
             saved = make((wide[0],), dtype=dtype, device=_CPU)
         if p.has_c:
@@ -585,7 +585,7 @@ def _layer(
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 # not Function's own, which first looks for torch.func: nobody watches
-                return super(torch.autograd.Function, _Run).apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return, misc]
+                return super(torch.autograd.Function, _Run).apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return]
     return _forward(tensors, options, False, None, packed)[:3]
 
 
@@ -645,7 +645,11 @@ class _Layers(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         layers.set_options(self, **{**_NO_OPTIONS, **options})
         traits = _core.cells[cell]
-        if traits["G"] * self.hidden_size != len(self._flat_weights[0]) or traits["U"] or not traits["product"]:
+        if (
+            traits["G"] * self.hidden_size != self.get_parameter("weight_ih_l0").shape[0]
+            or traits["U"]
+            or not traits["product"]
+        ):
             self._make_weights_of(traits)
         self._adopt()
         if traits["U"] or self.forget_bias is not None or cell == "lstm_coupled":
@@ -796,12 +800,12 @@ class _Layers(nn.RNNBase):
         h, c = hx if has_c else (hx, None)
         assert h is not None
         dim = 2 if unbatched else 3
-        for state in (h, c):
-            if state is not None and state.dim() != dim:
-                kind = "unbatched 2-D" if unbatched else "batched 3-D"
-                names = "hx and cx should also be" if has_c else "hx should also be"
-                got = f"({h.dim()}-D, {c.dim()}-D) tensors" if has_c else f"{h.dim()}-D tensor"
-                raise RuntimeError(f"For {kind} input, {names} {dim}-D but got {got}")
+        dims = [state.dim() for state in (h, c) if state is not None]
+        if dims != [dim] * len(dims):
+            kind = "unbatched 2-D" if unbatched else "batched 3-D"
+            names = "hx and cx" if has_c else "hx"
+            got = f"({dims[0]}-D, {dims[1]}-D) tensors" if has_c else f"{dims[0]}-D tensor"
+            raise RuntimeError(f"For {kind} input, {names} should also be {dim}-D but got {got}")
         return (h.unsqueeze(1), None if c is None else c.unsqueeze(1)) if unbatched else (h, c)
 
     def _check_state(self, h: Maybe, c: Maybe, x: Tensor, batch_sizes: Maybe) -> None:
