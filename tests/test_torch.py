@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -111,6 +112,7 @@ def test_any_configuration_in_float64(configuration):
     assert_same(got[1], expected[1], 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's, of its own layer
 @given(configurations())
 @settings(max_examples=30, deadline=None)
 def test_any_configuration_in_float32(configuration):
@@ -460,6 +462,7 @@ def op_arguments(lengths=None, save="all", dtype=F64):
     return (*tensors, "lstm", False, False, "initial", 0.0, 0.0, None, save)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.14's opcheck
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 5])])
 @pytest.mark.parametrize("save", ["all", "states", "checkpoints"])
 def test_opcheck(lengths, save):
@@ -508,7 +511,7 @@ def test_compile_breaks_nothing_and_compiles_once_for_all_shapes(name):
 def test_export_with_dynamic_batch_and_time():
     model = Model()
     n, t = torch.export.Dim("n", min=2), torch.export.Dim("t", min=2)
-    program = torch.export.export(model, (torch.randn(2, 5, 3),), dynamic_shapes=({0: n, 1: t},))
+    program = torch.export.export(model, (torch.randn(2, 5, 3),), dynamic_shapes=({0: n, 1: t},), strict=False)
     x = torch.randn(4, 7, 3)
     assert torch.equal(program.module()(x), model(x))
 
