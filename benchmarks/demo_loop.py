@@ -2,10 +2,11 @@
 
 Same patients, features, cells, sizes, initial weights, batches in the same order, loss, clipping, Adam and epochs, on
 the same number of threads; validation after every epoch on both sides. The torch loop is written as its users write
-it, twice: with pack_padded_sequence, and on padded batches with the padding masked out of the loss. Its tensors are
-made before the clock starts, and its batches are time-major, which it likes best.
+it, three times: with pack_padded_sequence; on padded batches with the padding masked out of the loss; and the latter
+with `gatewise.torch`'s module and its `lengths` in place of torch.nn's. Its tensors are made before the clock starts,
+and its batches are time-major, which torch.nn likes best.
 
-The three take turns. The work is the same if the losses are: they are compared epoch by epoch, and the script ends
+They take turns. The work is the same if the losses are: they are compared epoch by epoch, and the script ends
 with 1 if the first epoch's differ by more than rounding does. "fit" is all of it, from lists of arrays to a trained
 model; "in all" adds what the demo does besides (reading, features, logistic regression, scoring), the same for both.
 """
@@ -13,10 +14,13 @@ model; "in all" adds what the demo does besides (reading, features, logistic reg
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,18 +66,24 @@ def fit_gatewise(cell: str, options: dict[str, Any], train: Patients, validation
 # -- the same in torch ---------------------------------------------------------------------------------------
 
 
-class TorchModel(torch.nn.Module):
-    """A recurrent layer and a linear head for every hour, over packed or over padded batches."""
+WAYS = ("gatewise.torch", "torch packed", "torch padded")
 
-    def __init__(self, cell: str, inputs: int, hidden: int, packed: bool) -> None:
+
+class TorchModel(torch.nn.Module):
+    """A recurrent layer and a linear head for every hour; `way` is one of WAYS."""
+
+    def __init__(self, cell: str, inputs: int, hidden: int, way: str) -> None:
         super().__init__()
-        self.recurrent = getattr(torch.nn, cell.upper())(inputs, hidden)
+        library = gw.torch if way == "gatewise.torch" else torch.nn
+        self.recurrent = getattr(library, cell.upper())(inputs, hidden)
         self.head = torch.nn.Linear(hidden, 1)
-        self.packed = packed
+        self.way = way
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x [T, N, F] padded, mask [T, N] -> logits of the hours that exist, [M]."""
-        if self.packed:
+        if self.way == "gatewise.torch":
+            y = self.recurrent(x, lengths=lengths)[0]
+        elif self.way == "torch packed":
             packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
             y = pad_packed_sequence(self.recurrent(packed)[0])[0]
         else:
@@ -107,7 +117,7 @@ def start_alike(model: TorchModel, cell: str, labels: list[np.ndarray]) -> np.ra
 
 
 def torch_fit(
-    cell: str, options: dict[str, Any], train: Patients, validation: Patients, test: Patients, packed: bool
+    cell: str, options: dict[str, Any], train: Patients, validation: Patients, test: Patients, way: str
 ) -> Fit:
     x, val_x, test_x = ([torch.from_numpy(a) for a in part.x] for part in (train, validation, test))
     y, val_y = ([torch.from_numpy(a).float() for a in part.y] for part in (train, validation))
@@ -115,7 +125,7 @@ def torch_fit(
     hours, val_hours = lengths.sum(), val_lengths.sum()
 
     start = time.perf_counter()
-    model = TorchModel(cell, x[0].shape[1], options["hidden_size"], packed)
+    model = TorchModel(cell, x[0].shape[1], options["hidden_size"], way)
     random = start_alike(model, cell, train.y)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
     history: list[dict[str, Any]] = []
@@ -179,6 +189,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cells", nargs="+", default=list(study.CELLS.values()), choices=list(study.CELLS.values()))
     parser.add_argument("--rounds", type=int, default=1, help="turns of each; the median fit counts")
+    parser.add_argument("--out", metavar="DIR", help="write demo_loop.csv and demo_loop.png, the loss curves, there")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
@@ -206,9 +217,11 @@ def main() -> int:
 
     sides: dict[str, Callable[[str], Fit]] = {
         "gatewise": lambda cell: fit_gatewise(cell, options, train, validation, test),
-        "torch packed": lambda cell: torch_fit(cell, options, train, validation, test, packed=True),
-        "torch padded": lambda cell: torch_fit(cell, options, train, validation, test, packed=False),
-    }
+        **{way: partial(torch_fit, options=options, train=train, validation=validation, test=test, way=way)
+           for way in WAYS},
+    }  # fmt: skip
+    curves: dict[str, dict[str, list[float]]] = {}
+    rows: list[dict[str, Any]] = []
     print(f"{'cell':<6}{'loop':<14}{'s/epoch':>9}{'fit s':>8}{'score s':>9}{'torch/ours':>12}"
           f"{'train loss':>12}{'val loss':>10}{'AUROC':>8}{'AUPRC':>8}{'in kernels':>12}")  # fmt: skip
     seconds = dict.fromkeys(sides, sum(common.values()))
@@ -231,12 +244,41 @@ def main() -> int:
             print(f"{cell:<6}{side:<14}{epoch:>9.3f}{total:>8.2f}{score:>9.2f}{total / ours:>12.2f}"
                   f"{kept['train_loss']:>12.5f}{kept['val_loss']:>10.5f}{auroc:>8.4f}{auprc:>8.4f}{share:>12}",
                   flush=True)  # fmt: skip
+            curves.setdefault(cell, {})[side] = [h["train_loss"] for h in history]
+            rows.append({
+                "cell": cell, "loop": side, "threads": arguments.threads, "epochs": len(history),
+                "epoch_seconds": round(float(epoch), 4), "fit_seconds": round(total, 3),
+                "fit_over_gatewise": round(float(total / ours), 3), "train_loss": round(kept["train_loss"], 6),
+                "val_loss": round(kept["val_loss"], 6), "auroc": round(auroc, 5), "auprc": round(auprc, 5),
+            })  # fmt: skip
             if not abs(history[0]["train_loss"] - first) <= SAME_LOSS * first:
                 print(f"  not the same work: first epoch's loss {history[0]['train_loss']:.6f}, ours {first:.6f}")
                 same = False
     in_all = ", ".join(f"{side} {s:.1f} s ({s / seconds['gatewise']:.2f})" for side, s in seconds.items())
     print(f"\nin all, with what the demo does besides: {in_all}")
+    if arguments.out:
+        write(Path(arguments.out), rows, curves)
     return 0 if same else 1
+
+
+def write(folder: Path, rows: list[dict[str, Any]], curves: dict[str, dict[str, list[float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    with open(folder / "demo_loop.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained")
+    widths = {"gatewise": 7, "gatewise.torch": 4.5, "torch packed": 2.5, "torch padded": 1}  # they lie on each other
+    for axis, (cell, by_side) in zip(axes[0], curves.items()):
+        for side, losses in by_side.items():
+            axis.plot(range(1, len(losses) + 1), losses, label=side, linewidth=widths[side])
+        axis.set(title=cell.upper(), xlabel="epoch", ylabel="training loss a patient-hour")
+    axes[0][0].legend()
+    figure.savefig(folder / "demo_loop.png", dpi=90)
 
 
 if __name__ == "__main__":
