@@ -4,6 +4,8 @@ compile, export, torch.func, checkpoints and pickles rely on."""
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -643,3 +645,37 @@ def test_revert_leaves_what_torch_cannot_do():
     model = torch.nn.ModuleList([gw.torch.LSTM(3, 4, peephole=True), gw.torch.GRU(3, 4, zoneout=0.1)])
     left = gw.torch.revert(model).left
     assert "lstm_peephole" in left["0"] and "zoneout" in left["1"]
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+STEP = """
+import resource, sys
+import torch
+import gatewise as gw
+library, name, *sizes = sys.argv[1:]
+T, N, I, H = map(int, sizes)
+torch.set_num_threads(1)
+layer = getattr(torch.nn if library == "torch" else gw.torch, name)(I, H)
+
+def step(T):
+    y, _ = layer(torch.randn(T, N, I, requires_grad=True))
+    y.backward(torch.ones_like(y))
+    layer.zero_grad()
+
+step(2)  # what is only made once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(T)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read as Linux counts it, in KiB")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_training_step_needs_no_more_memory_than_torchs(name):
+    sizes = ["128", "64", "64", "128"]
+    peak = {
+        library: int(subprocess.check_output([sys.executable, "-c", STEP, library, name, *sizes], timeout=120))
+        for library in ("torch", "gatewise")
+    }
+    assert 0 < peak["gatewise"] <= peak["torch"]
