@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import gatewise as gw
 from gatewise import _core, functional
@@ -681,7 +682,32 @@ def test_outputs_are_checked_before_anything_is_written(problem, name):
         "got .*not C-contiguous",
     )
     refused(call, {**good, name: good[name].astype(np.float64)}, f"^{name}: expected {kind} ", "got float64")
-    refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
+    if name == "scratch":  # then it is memory of the thread's own
+        wanted = good["y"].copy()
+        call(**{**good, name: None})
+        assert np.array_equal(good["y"], wanted, equal_nan=True)
+    else:
+        refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int32])
+def test_capsules_of_other_numbers_are_refused(kind):
+    """DLPack's capsules come through the same door as arrays, and are named as what they are."""
+    good = {name: torch.from_numpy(a) for name, a in arguments().items() if isinstance(a, np.ndarray)}
+    lent = {name: torch.utils.dlpack.to_dlpack(t) for name, t in good.items()}
+    names = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0")
+    assert len(good["x"]) == _core.Problem("lstm", *map(lent.get, names), None, False).T
+    for name in names:
+        for bad, got in (
+            (good[name].to(kind), f"got {str(kind).removeprefix('torch.')} "),
+            (good[name].repeat_interleave(2, -1)[..., ::2], "not"),
+            (good[name][:0], "got float32|shape|at least"),
+        ):
+            if name == "x" and len(bad) == 0:  # no steps: nothing to refuse
+                continue
+            with pytest.raises(ValueError, match=f"^{name}: expected .*{got}" if name != "w_hh" else "expected"):
+                bad_lent = {**lent, name: torch.utils.dlpack.to_dlpack(bad)}
+                _core.Problem("lstm", *map(bad_lent.get, names), None, False)
 
 
 @pytest.mark.parametrize("name", functional.Gradients._fields[:7])

@@ -73,6 +73,23 @@ def areas(label: NDArray[np.int8], score: Scores) -> tuple[float, float]:
     return float(roc_auc_score(label, score)), float(average_precision_score(label, score))
 
 
+def parts(records: Records) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Patients, each bool [P], for training, validation and test, as `Records.split` has them.
+
+    Raises:
+        ValueError: a part has hours of one kind of label only.
+    """
+    split = records.split()
+    for part, patients in zip(("training", "validation", "test"), split):
+        label = records.label[records.rows_of(patients)]
+        if label.size == 0 or label.min() == label.max():
+            raise ValueError(
+                f"{part} patients: expected hours of label 0 and hours of label 1; got {label.size} hours, "
+                f"{int(label.sum())} of label 1. Are these all the records?"
+            )
+    return split
+
+
 def run(records: Records, say: Callable[[str], None] = print, **options: Any) -> Study:
     """Trains the models and scores them on the test patients; `say` gets a line as each is done.
 
@@ -82,14 +99,7 @@ def run(records: Records, say: Callable[[str], None] = print, **options: Any) ->
         ValueError: a part of the split has hours of one kind of label only.
         ImportError: scikit-learn is missing.
     """
-    train, validation, test = records.split()
-    for part, patients in (("training", train), ("validation", validation), ("test", test)):
-        label = records.label[records.rows_of(patients)]
-        if label.size == 0 or label.min() == label.max():
-            raise ValueError(
-                f"{part} patients: expected hours of label 0 and hours of label 1; got {label.size} hours, "
-                f"{int(label.sum())} of label 1. Are these all the records?"
-            )
+    train, validation, test = parts(records)
     features = build(records, train)
     say(f"{len(features.names)} features an hour; training on {int(train.sum())} patients")
     sequences = features.sequences(test)
