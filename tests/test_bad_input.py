@@ -684,8 +684,9 @@ def test_outputs_are_checked_before_anything_is_written(problem, name):
     refused(call, {**good, name: good[name].astype(np.float64)}, f"^{name}: expected {kind} ", "got float64")
     if name == "scratch":  # then it is memory of the thread's own
         wanted = good["y"].copy()
+        good["y"][...] = np.nan
         call(**{**good, name: None})
-        assert np.array_equal(good["y"], wanted, equal_nan=True)
+        assert np.array_equal(good["y"], wanted)
     else:
         refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
 
@@ -700,13 +701,13 @@ def test_capsules_of_other_numbers_are_refused(kind):
     for name in names:
         for bad, got in (
             (good[name].to(kind), f"got {str(kind).removeprefix('torch.')} "),
-            (good[name].repeat_interleave(2, -1)[..., ::2], "not"),
-            (good[name][:0], "got float32|shape|at least"),
+            (good[name].repeat_interleave(2, -1)[..., ::2], "got float32 .*not .*contiguous"),
+            (good[name][:0], r"got float32 \(0"),
         ):
             if name == "x" and len(bad) == 0:  # no steps: nothing to refuse
                 continue
-            with pytest.raises(ValueError, match=f"^{name}: expected .*{got}" if name != "w_hh" else "expected"):
-                bad_lent = {**lent, name: torch.utils.dlpack.to_dlpack(bad)}
+            bad_lent = {**lent, name: torch.utils.dlpack.to_dlpack(bad)}
+            with pytest.raises(ValueError, match=f"^{name}: expected .*{got}"):
                 _core.Problem("lstm", *map(bad_lent.get, names), None, False)
 
 

@@ -53,9 +53,10 @@ def torchrun(processes: int, *argv: str, restarts: int = 0) -> Iterator[subproce
     try:
         yield process
     finally:
-        for pid in [process.pid, *children(process.pid)]:  # workers have a session of their own: no group holds all
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            for pid in [process.pid, *children(process.pid)]:  # each worker leads a process group of its own
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 

@@ -57,7 +57,72 @@ class LayerTape(NamedTuple):
         return sum(run.nbytes for pair in self.runs for run in pair)
 
 
-class Layer:
+class LayerOptions:
+    """The options that torch.nn's layers lack, of this module's layers and of PyTorch's in gatewise.torch."""
+
+    cell: str
+    bias: bool
+    proj_size: int
+    cell_clip: float | None
+    input_dropout: float
+    recurrent_dropout: float
+    weight_dropout: float
+    variational: bool
+    zoneout: tuple[float, float]
+    forget_bias: float | None
+    saves: str
+
+    def _set_options(
+        self,
+        *,
+        cell_clip: float | None,
+        input_dropout: float,
+        recurrent_dropout: float,
+        weight_dropout: float,
+        variational: bool,
+        zoneout: float | tuple[float, float],
+        forget_bias: float | None,
+        save: str,
+    ) -> None:
+        """Makes these options (see `Layer`) attributes, `zoneout` as a pair and `save` under the name `saves`: `save`
+        writes a file. `cell`, `bias` and `proj_size` are there already.
+
+        Raises:
+            ValueError: an option out of its range, or one that the cell has no place for, by name.
+        """
+        traits = _core.cells[self.cell]
+        has_c, normed = traits["has_c"], traits["normed"]
+        self.variational = bool(variational)
+        self.input_dropout = _probability("input_dropout", input_dropout)
+        self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
+        self.weight_dropout = _probability("weight_dropout", weight_dropout)
+        pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if has_c else 0.0)
+        if len(pair) != 2:
+            raise ValueError(f"zoneout: expected a probability or a pair, of h and of c; got {zoneout!r}")
+        self.zoneout = _probability("zoneout", pair[0]), _probability("zoneout", pair[1])
+        if cell_clip is not None and not (isinstance(cell_clip, (int, float, np.number)) and cell_clip > 0):
+            raise ValueError(f"cell_clip: expected a positive number or None; got {cell_clip!r}")
+        self.cell_clip = None if cell_clip is None else float(cell_clip)
+        self.forget_bias = None if forget_bias is None else float(forget_bias)
+        if save not in _SAVES:
+            raise ValueError(f"save: expected one of {', '.join(map(repr, _SAVES))}; got {save!r}")
+        self.saves = save
+        forgets = has_c and traits["G"] == 4  # gates i f g o
+        for name, fits, needs in (
+            ("bias", self.bias or not normed, "True, for its biases are blocks of weight_unit"),
+            ("proj_size", not self.proj_size or (has_c and not normed), "0, for it has no projection"),
+            ("cell_clip", self.cell_clip is None or has_c, "None, for it has no cell state c"),
+            ("zoneout", not self.zoneout[1] or has_c, "0 for c, for it has no cell state c"),
+            ("recurrent_dropout", not self.recurrent_dropout or traits["product"], "0, for h meets no weight_hh"),
+            ("weight_dropout", not self.weight_dropout or traits["product"], "0, for it has no weight_hh"),
+            ("forget_bias", self.forget_bias is None or forgets, "None, for it has no forget gate of its own"),
+            ("forget_bias", self.forget_bias is None or self.bias, "None, for there are no biases"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: of the cell {self.cell!r} expected {needs}; got {getattr(self, name)!r}")
+
+
+class Layer(LayerOptions):
     """L stacked layers of one cell, in one or two directions, with torch.nn's parameters.
 
     `RNN`, `LSTM`, `GRU` and `IndRNN` are this class with the cell chosen; `Layer` itself runs any cell of the kernels'
@@ -112,14 +177,6 @@ class Layer:
 
     cells: ClassVar[tuple[str, ...]] = ()  # the cells a subclass stands for; none: any
     has_c: bool
-    cell_clip: float | None  # this and the following: see set_options
-    input_dropout: float
-    recurrent_dropout: float
-    weight_dropout: float
-    variational: bool
-    zoneout: tuple[float, float]
-    forget_bias: float | None
-    saves: str
 
     def __init__(
         self,
@@ -159,8 +216,8 @@ class Layer:
             raise ValueError(f"proj_size: expected at most hidden_size = {hidden_size}; got {proj_size!r}")
         self.bias, self.batch_first, self.bidirectional = bool(bias), bool(batch_first), bool(bidirectional)
         self.dropout = _probability("dropout", dropout)
-        set_options(
-            self, cell_clip=cell_clip, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+        self._set_options(
+            cell_clip=cell_clip, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout, variational=variational, zoneout=zoneout, forget_bias=forget_bias, save=save,
         )  # fmt: skip
         self.dtype = _dtype(dtype)
@@ -720,56 +777,6 @@ class Stream(_core.Stream):
     def reset(self, state: State | None = None) -> None:
         """Start from this state, in the form of `state`, or from zeros."""
         self.set_state(*_split(state, "state", self._has_c, self._layers))
-
-
-def set_options(
-    layer: Any,
-    *,
-    cell_clip: float | None,
-    input_dropout: float,
-    recurrent_dropout: float,
-    weight_dropout: float,
-    variational: bool,
-    zoneout: float | tuple[float, float],
-    forget_bias: float | None,
-    save: str,
-) -> None:
-    """Makes these options (see `Layer`) attributes of a layer, this module's or PyTorch's, `zoneout` as a pair and
-    `save` under the name `saves`: `save` writes a file. The layer has `cell`, `bias`, `proj_size` already.
-
-    Raises:
-        ValueError: an option out of its range, or one that the cell has no place for, by name.
-    """
-    traits = _core.cells[layer.cell]
-    has_c, normed = traits["has_c"], traits["normed"]
-    layer.variational = bool(variational)
-    layer.input_dropout = _probability("input_dropout", input_dropout)
-    layer.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
-    layer.weight_dropout = _probability("weight_dropout", weight_dropout)
-    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout if has_c else 0.0)
-    if len(pair) != 2:
-        raise ValueError(f"zoneout: expected a probability or a pair, of h and of c; got {zoneout!r}")
-    layer.zoneout = _probability("zoneout", pair[0]), _probability("zoneout", pair[1])
-    if cell_clip is not None and not (isinstance(cell_clip, (int, float, np.number)) and cell_clip > 0):
-        raise ValueError(f"cell_clip: expected a positive number or None; got {cell_clip!r}")
-    layer.cell_clip = None if cell_clip is None else float(cell_clip)
-    layer.forget_bias = None if forget_bias is None else float(forget_bias)
-    if save not in _SAVES:
-        raise ValueError(f"save: expected one of {', '.join(map(repr, _SAVES))}; got {save!r}")
-    layer.saves = save
-    forgets = has_c and traits["G"] == 4  # gates i f g o
-    for name, fits, needs in (
-        ("bias", layer.bias or not normed, "True, for its biases are blocks of weight_unit"),
-        ("proj_size", not layer.proj_size or (has_c and not normed), "0, for it has no projection"),
-        ("cell_clip", layer.cell_clip is None or has_c, "None, for it has no cell state c"),
-        ("zoneout", not layer.zoneout[1] or has_c, "0 for c, for it has no cell state c"),
-        ("recurrent_dropout", not layer.recurrent_dropout or traits["product"], "0, for h meets no weight_hh"),
-        ("weight_dropout", not layer.weight_dropout or traits["product"], "0, for it has no weight_hh"),
-        ("forget_bias", layer.forget_bias is None or forgets, "None, for it has no forget gate of its own"),
-        ("forget_bias", layer.forget_bias is None or layer.bias, "None, for there are no biases"),
-    ):
-        if not fits:
-            raise ValueError(f"{name}: of the cell {layer.cell!r} expected {needs}; got {getattr(layer, name)!r}")
 
 
 def norm_start(traits: Mapping[str, Any]) -> list[float]:

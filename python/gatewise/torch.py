@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from . import _core, functional, layers
 from .backends import backends, choose_num_threads
 
 Maybe = Optional[Tensor]
-State = Union[Tensor, "tuple[Tensor, Tensor]"]
 
 __all__ = [
     "GRU", "LSTM", "RNN", "Conversion", "GRUCell", "IndRNN", "LSTMCell", "RNNCell", "States", "convert", "revert",
@@ -44,7 +43,7 @@ _INPUTS = (
     + ", str cell, bool reverse, bool batch_first, str reset_to, float zoneout_h, float zoneout_c, float? cell_clip,"
     " str save"
 )
-to_dlpack: Any = torch._C._to_dlpack  # what torch.utils.dlpack.to_dlpack is
+_to_dlpack: Any = torch._C._to_dlpack  # what torch.utils.dlpack.to_dlpack is
 _CPU = torch.device("cpu")
 _PLAIN = (torch.Tensor, nn.Parameter)
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -63,31 +62,42 @@ class _Options(NamedTuple):
     save: str = "all"
 
 
+def _has_c(cell: str) -> bool:
+    return bool(_core.cells[cell]["has_c"])
+
+
 # -- the kernels on tensors ------------------------------------------------------------------------------------
 
 
 def _lend(tensor: Maybe) -> Any:
-    if tensor is None:
-        return None
-    return to_dlpack(tensor if tensor.is_contiguous() else tensor.contiguous())
+    return None if tensor is None else _to_dlpack(tensor.contiguous())
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().numpy()
+
+
+def _arguments(tensors: Sequence[Maybe], options: _Options, lend: Callable[[Tensor], Any] = _array) -> tuple[Any, ...]:
+    """Those of _core.Problem after the cell, and so the inputs of a functional.Tape; each tensor as `lend` has it."""
+    x, *others, seed = tensors
+    assert x is not None
+    x = x if x.stride(-1) == 1 else x.contiguous()  # the kernels read rows wherever they are
+    h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset = [
+        None if t is None else lend(t.contiguous()) for t in others
+    ]
+    extras = (
+        w_unit, w_hr, h_mask, reset, options.reset_to, options.zoneout_h, options.zoneout_c,
+        None if seed is None else int(seed) % 2**64, options.cell_clip, batch_sizes, options.batch_first, options.save,
+    )  # fmt: skip
+    return lend(x), w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, options.reverse, extras
 
 
 def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset, seed = tensors
+    x = tensors[0]
     assert x is not None
     if not x.is_cpu:
         raise RuntimeError(f"gatewise.torch: x is on {x.device}, whose kernels are {backends()['cuda']}; use the CPU")
-    extras = (
-        _lend(w_unit), _lend(w_hr), _lend(h_mask), _lend(reset), options.reset_to, options.zoneout_h, options.zoneout_c,
-        None if seed is None else int(seed) % 2**64, options.cell_clip, _lend(batch_sizes), options.batch_first,
-        options.save,
-    )  # fmt: skip
-    return _core.Problem(
-        options.cell,
-        to_dlpack(x if x.stride(-1) == 1 or x.is_contiguous() else x.contiguous()),
-        _lend(w_ih), _lend(w_hh), _lend(b_ih), _lend(b_hh), _lend(h0), _lend(c0), _lend(lengths), options.reverse,
-        extras,
-    )  # fmt: skip
+    return _core.Problem(options.cell, *_arguments(tensors, options, _to_dlpack))
 
 
 def _num_threads() -> int:
@@ -101,11 +111,11 @@ def _forward(
     tensors: Sequence[Maybe],
     options: _Options,
     keep: bool,
-    tape_sizes: Callable[[], tuple[Any, Any]] | None = None,
+    for_op: bool = False,
     packed: _core.PackedWeights | None = None,
 ) -> tuple[Tensor, Tensor, Maybe, Maybe, Maybe]:
     """y, hn, cn, saved, states: the last three None where there is none. The two that backward needs are as large as
-    this batch makes them, or as `tape_sizes` says."""
+    this batch makes them; those of an op are of `_tape_sizes`, and zeros beyond: it has no numbers by chance."""
     x = tensors[0]
     assert x is not None
     p = _problem(tensors, options)
@@ -113,26 +123,24 @@ def _forward(
     y = torch.empty((*x.shape[:-1], p.R), dtype=dtype, device=_CPU)
     hn = torch.empty((p.N, p.R), dtype=dtype, device=_CPU)
     cn = saved = states = None
+    saved_size, states_size = p.sizes[:2]
     if p.has_c:
         cn = torch.empty((p.N, p.H), dtype=dtype, device=_CPU)
     if keep:
-        own = p.sizes[:2]
-        wide = own if tape_sizes is None else tape_sizes()
-        make = torch.empty if tape_sizes is None else _untouched_zeros  # an op's results have no numbers by chance
+        make = _untouched_zeros if for_op else torch.empty
+        sizes = _tape_sizes(tensors, options, p.N) if for_op else (saved_size, states_size)
         if options.save == "all":
-            saved = make((wide[0],), dtype=dtype, device=_CPU)
+            saved = make(sizes[:1], dtype=dtype, device=_CPU)
         if p.has_c:
-            states = make((wide[1],), dtype=dtype, device=_CPU)
-    else:
-        own = (0, 0)
+            states = make(sizes[1:], dtype=dtype, device=_CPU)
     _core.forward(
-        p, _lend(y), _lend(hn), _lend(cn), _part(saved, own[0]), _part(states, own[1]), None, _num_threads(), None,
-        packed,
+        p, _lend(y), _lend(hn), _lend(cn), _part(saved, saved_size), _part(states, states_size), None, _num_threads(),
+        None, packed,
     )  # fmt: skip
     return y, hn, cn, saved, states
 
 
-def _untouched_zeros(shape: tuple[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that the system provides when they are touched, as NumPy asks for them and torch.zeros does not."""
     return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
 
@@ -173,23 +181,6 @@ def _backward(
     return out
 
 
-def _numbers(tensor: Any) -> Any:
-    return tensor.detach().numpy() if isinstance(tensor, Tensor) else tensor
-
-
-def _as_arrays(tensors: Sequence[Maybe], options: _Options) -> tuple[Any, ...]:
-    """The inputs of a functional.Tape."""
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset, seed = (
-        None if t is None else _numbers(t.contiguous()) for t in tensors
-    )
-    seed = None if seed is None else int(seed) % 2**64
-    extras = (
-        w_unit, w_hr, h_mask, reset, options.reset_to, options.zoneout_h, options.zoneout_c, seed, options.cell_clip,
-        batch_sizes, options.batch_first, options.save,
-    )  # fmt: skip
-    return x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, options.reverse, extras
-
-
 # -- ops: what the compiler, the exporter and torch.func see ----------------------------------------------------
 
 
@@ -210,10 +201,9 @@ def _row_sizes(cell: str, float64: bool, T: int, H: int, R: int, save: str, arch
 def _tape_sizes(tensors: Sequence[Maybe], options: _Options, N: Any) -> tuple[Any, Any]:
     """Elements of `saved` and `states` of an op's call: what a batch without padding needs. So they are known from
     shapes alone; what padding leaves over is memory that nobody touches, which the system does not provide."""
-    x, batch_sizes, w_ih, w_hr = tensors[0], tensors[11], tensors[3], tensors[8]
-    assert x is not None and w_ih is not None
-    H = int(w_ih.shape[0]) // _core.cells[options.cell]["G"] if w_hr is None else int(w_hr.shape[1])
-    R = H if w_hr is None else int(w_hr.shape[0])
+    x, batch_sizes = tensors[0], tensors[11]
+    assert x is not None
+    H, R = map(int, _hidden(tensors, options))  # a compiled call is one of these
     if batch_sizes is None:
         T, rows = x.shape[int(options.batch_first)], x.shape[0] * x.shape[1]
     else:
@@ -243,38 +233,47 @@ def _forward_op(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = _split(args)
     x = tensors[0]
     assert x is not None
-    sizes = lambda: _tape_sizes(tensors, options, _batch(tensors, options))  # noqa: E731
-    return tuple(_present(out, x) for out in _forward(tensors, options, args[-1], sizes))
+    return tuple(_present(out, x) for out in _forward(tensors, options, args[-1], for_op=True))
 
 
 def _batch(tensors: Sequence[Maybe], options: _Options) -> Any:
+    """N from shapes alone."""
     x, h0, c0, batch_sizes = tensors[0], tensors[1], tensors[2], tensors[11]
     assert x is not None
     if batch_sizes is None:
         return x.shape[int(not options.batch_first)]
-    if h0 is not None or c0 is not None:
-        return (h0 if h0 is not None else c0).shape[0]  # type: ignore[union-attr]
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.library.get_ctx().new_dynamic_size()
-    return int(batch_sizes[0]) if len(batch_sizes) else 0
+    for state in (h0, c0):
+        if state is not None:
+            return state.shape[0]
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _hidden(tensors: Sequence[Maybe], options: _Options) -> tuple[Any, Any]:
+    """H and R from shapes alone."""
+    w_ih, w_hr = tensors[3], tensors[8]
+    assert w_ih is not None
+    H = w_ih.shape[0] // _core.cells[options.cell]["G"] if w_hr is None else w_hr.shape[1]
+    return H, H if w_hr is None else w_hr.shape[0]
+
+
+def _shaped_like(tensors: Sequence[Maybe], wanted: Sequence[bool], x: Tensor) -> tuple[Tensor, ...]:
+    """Gradients from shapes alone: what is not wanted is empty."""
+    return tuple(x.new_empty(t.shape if w and t is not None else 0) for t, w in zip(tensors, wanted))
 
 
 @_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = _split(args)
-    x, w_ih, w_hr = tensors[0], tensors[3], tensors[8]
-    assert x is not None and w_ih is not None
-    traits = _core.cells[options.cell]
-    N = _batch(tensors, options)
-    H = w_ih.shape[0] // traits["G"] if w_hr is None else w_hr.shape[1]
-    R = H if w_hr is None else w_hr.shape[0]
+    x = tensors[0]
+    assert x is not None
+    has_c, N, (H, R) = _has_c(options.cell), _batch(tensors, options), _hidden(tensors, options)
     saved, states = _tape_sizes(tensors, options, N) if args[-1] else (0, 0)
     return (
         x.new_empty((*x.shape[:-1], R)),
         x.new_empty((N, R)),
-        x.new_empty((N, H) if traits["has_c"] else 0),
+        x.new_empty((N, H) if has_c else 0),
         x.new_empty(saved if options.save == "all" else 0),
-        x.new_empty(states if traits["has_c"] else 0),
+        x.new_empty(states if has_c else 0),
     )
 
 
@@ -293,10 +292,7 @@ def _backward_op(*args: Any) -> tuple[Tensor, ...]:
 @_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     tensors, _ = _split(args[3:])
-    y, wanted = args[-4], args[-1]
-    return tuple(
-        y.new_empty(t.shape if is_wanted and t is not None else 0) for t, is_wanted in zip(tensors, wanted)
-    )  # fmt: skip
+    return _shaped_like(tensors, args[-1], args[-4])
 
 
 _DIRECTION = ", ".join(f"Tensor? dd{name}" for name in _TENSORS[:_GRADIENTS])
@@ -310,11 +306,11 @@ def _double_backward_op(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = _split(rest)
     from . import reference
 
-    arrays = _as_arrays(tensors, options)
-    dy, dhn, dcn = (None if t is None else _numbers(t.contiguous()) for t in incoming)
+    arrays = _arguments(tensors, options)
+    dy, dhn, dcn = (None if t is None else _array(t.contiguous()) for t in incoming)
     _core.Problem(options.cell, *arrays).check_incoming(dy, dhn, dcn)
     along = {
-        f"d{name}": _numbers(v) for name, v, t in zip(_TENSORS, direction, tensors)
+        f"d{name}": _array(v) for name, v, t in zip(_TENSORS, direction, tensors)
         if t is not None and v is not None and v.shape == t.shape  # else of a gradient that was not wanted: empty
     }  # fmt: skip
     got = reference.double_backward(options.cell, arrays, dy, dhn, dcn, along)
@@ -330,18 +326,15 @@ def _double_backward_op(*args: Any) -> tuple[Tensor, ...]:
 @_double_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     like = args[_GRADIENTS : _GRADIENTS + 3 + _GRADIENTS]  # incoming, then the tensors
-    x = args[_GRADIENTS + 3]
-    return tuple(
-        x.new_empty(t.shape if is_wanted and t is not None else 0) for t, is_wanted in zip(like, args[-1])
-    )  # fmt: skip
+    return _shaped_like(like, args[-1], args[_GRADIENTS + 3])
 
 
 @_op("unpack", f"({_INPUTS}, {_TAPE}) -> (Tensor gates, Tensor c)")
 def _unpack_op(*args: Any) -> tuple[Tensor, ...]:
     """Gates [..., G, H] and c [..., H] of every step from a tape that keeps all; leading axes as in y."""
     tensors, options = _split(args)
-    y, saved, states = map(_numbers, args[-3:])
-    arrays = _as_arrays(tensors, options)
+    y, saved, states = map(_array, args[-3:])
+    arrays = _arguments(tensors, options)
     p = _core.Problem(options.cell, *arrays)
     tape = functional.Tape(options.cell, "cpu", True, arrays, p, y, y, None, saved, states)
     x = tensors[0]
@@ -352,10 +345,9 @@ def _unpack_op(*args: Any) -> tuple[Tensor, ...]:
 @_unpack_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = _split(args)
-    y, w_ih, traits = args[-3], args[3], _core.cells[options.cell]
-    H = w_ih.shape[0] // traits["G"] if tensors[8] is None else tensors[8].shape[1]
-    leading = y.shape[:-1]
-    return y.new_empty((*leading, traits["G"], H)), y.new_empty((*leading, H) if traits["has_c"] else 0)
+    y, (H, _) = args[-3], _hidden(tensors, options)
+    leading, G = y.shape[:-1], _core.cells[options.cell]["G"]
+    return y.new_empty((*leading, G, H)), y.new_empty((*leading, H) if _has_c(options.cell) else 0)
 
 
 # -- autograd: the same two maps for the ops and for the Function ------------------------------------------------
@@ -381,7 +373,7 @@ def _gradients(ctx: Any, incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[
     if all(t is None for t in incoming):
         return [None] * _ALL
     wanted = [bool(w) for w in wanted]
-    if not _core.cells[ctx.options.cell]["has_c"]:
+    if not _has_c(ctx.options.cell):
         incoming = *incoming[:2], None
     if torch.is_grad_enabled() or _is_watched((*incoming, *tensors, y)):  # the op can be differentiated once more
         x = tensors[0]
@@ -580,13 +572,13 @@ def _layer(
     """y, hn, cn (None for a cell without c)."""
     if _is_watched(tensors):
         y, hn, cn, *_ = _call("forward", *tensors, *options, torch.is_grad_enabled())
-        return y, hn, cn if _core.cells[options.cell]["has_c"] else None
+        return y, hn, cn if _has_c(options.cell) else None
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 # not Function's own, which first looks for torch.func: nobody watches
                 return super(torch.autograd.Function, _Run).apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(tensors, options, False, None, packed)[:3]
+    return _forward(tensors, options, False, packed=packed)[:3]
 
 
 def _is_autocast() -> bool:
@@ -623,36 +615,23 @@ _NO_OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class _Layers(nn.RNNBase):
+class _Layers(nn.RNNBase, layers.LayerOptions):
     """What RNN, LSTM, GRU and IndRNN share. torch.nn.RNNBase brings the constructor's checks, the parameters, the
     state_dict, pickling and most of the messages; torch.nn.LSTM itself is no base, for Dynamo refuses to trace what
     is derived from it."""
-
-    cell: str
-    cell_clip: float | None  # this and the following: see layers.set_options
-    input_dropout: float
-    recurrent_dropout: float
-    weight_dropout: float
-    variational: bool
-    zoneout: tuple[float, float]
-    forget_bias: float | None
-    saves: str
 
     def __init__(self, mode: str, cell: str, *args: Any, options: dict[str, Any], **kwargs: Any) -> None:
         self.cell = cell
         if unknown := [name for name in options if name not in _NO_OPTIONS]:
             raise TypeError(f"{unknown[0]}: no such option; further options are {', '.join(_NO_OPTIONS)}")
         super().__init__(mode, *args, **kwargs)
-        layers.set_options(self, **{**_NO_OPTIONS, **options})
+        self._set_options(**{**_NO_OPTIONS, **options})
         traits = _core.cells[cell]
-        if (
-            traits["G"] * self.hidden_size != self.get_parameter("weight_ih_l0").shape[0]
-            or traits["U"]
-            or not traits["product"]
-        ):
+        others = traits["U"] > 0 or traits["G"] * self.hidden_size != len(self.get_parameter("weight_ih_l0"))
+        if others:
             self._make_weights_of(traits)
         self._adopt()
-        if traits["U"] or self.forget_bias is not None or cell == "lstm_coupled":
+        if others or self.forget_bias is not None:
             self.reset_parameters()
 
     def _make_weights_of(self, traits: dict[str, Any]) -> None:
@@ -682,12 +661,11 @@ class _Layers(nn.RNNBase):
         """What a module has beside torch.nn's attributes: those of a module that has only torch.nn's."""
         if "cell" not in self.__dict__:
             self.cell = _CELLS[self.mode]
-            layers.set_options(self, **_NO_OPTIONS)
-        self._names = [
-            [kind + names[0][len("weight_ih") :] if kind + names[0][len("weight_ih") :] in names else None
-             for kind in _KINDS]
-            for names in self._all_weights
-        ]  # fmt: skip
+            self._set_options(**_NO_OPTIONS)
+        self._names = []
+        for names in self._all_weights:
+            own = {name.rpartition("_l")[0]: name for name in names}
+            self._names.append([own.get(kind) for kind in _KINDS])
         self._packed = [_core.PackedWeights() for _ in self._names]
 
     def reset_parameters(self) -> None:
@@ -793,7 +771,7 @@ class _Layers(nn.RNNBase):
     def _initial_state(self, hx: Any, unbatched: bool) -> tuple[Maybe, Maybe]:
         if hx is None:
             return None, None
-        has_c = _core.cells[self.cell]["has_c"]
+        has_c = _has_c(self.cell)
         if has_c != isinstance(hx, (tuple, list)) or (has_c and len(hx) != 2):
             form = "a pair (h_0, c_0)" if has_c else "one tensor h_0"
             raise RuntimeError(f"hx: expected {form}; got {type(hx).__name__}")
@@ -863,8 +841,9 @@ class _Layers(nn.RNNBase):
                 y, hn, cn, saved, kept = _call("forward", *tensors, *options, True)
                 with torch.no_grad():
                     gates, c_all = torch.ops.gatewise.unpack(*tensors, *options, y, saved, kept)
-                states.append(States(gates.to(dtype), c_all.to(dtype) if c is not None or c_all.numel() else None))
-                cn = cn if _core.cells[self.cell]["has_c"] else None
+                has_c = _has_c(self.cell)
+                states.append(States(gates.to(dtype), c_all.to(dtype) if has_c else None))
+                cn = cn if has_c else None
             else:
                 y, hn, cn = _layer(tensors, options, self._packed[k])
             outputs.append(y)
