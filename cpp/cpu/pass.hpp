@@ -44,9 +44,9 @@ template <class Cell, class T> struct CellFacts {
 };
 
 // Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward wants
-// longer ones, for the weights' gradients are summed over them.
+// longer ones, for the weights' gradients are summed over them; more rows than these were no faster, and cost memory.
 struct ChunkSize { Index bytes, least_rows, most_rows; };
-constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{1 << 19, 256, 1024};
+constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{1 << 19, 256, 256};
 
 constexpr Index kCacheBytes = 1 << 20;  // a core's own: 1 to 2 MB on servers
 
