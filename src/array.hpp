@@ -33,9 +33,8 @@ template <> struct Element<std::uint64_t> { static constexpr const char *name = 
 template <> struct Element<std::uint8_t> { static constexpr const char *name = "uint8", *formats = "B"; };
 template <> struct Element<bool> { static constexpr const char *name = "bool", *formats = "?"; };
 
-// What a capsule "dltensor" holds: the part of DLPack's header that has not changed since its first version
-// (github.com/dmlc/dlpack, dlpack.h: DLManagedTensor). Tensors of frameworks come so, where a gradient-tracking object
-// of theirs would not lend a buffer; whoever made the capsule keeps the tensor alive as long as the capsule is.
+// A framework's tensor, as DLPack describes it (github.com/dmlc/dlpack, dlpack.h: DLTensor, unchanged since its first
+// version). One that tracks gradients would not lend a buffer: to its own framework's adapter it is lent so.
 struct DlTensor {
   void* data;
   std::int32_t device_type, device_id;  // 1: the CPU
@@ -45,7 +44,7 @@ struct DlTensor {
   py::ssize_t *shape, *strides;  // of 64 bits each; strides in elements, null if contiguous
   std::uint64_t byte_offset;
 
-  static constexpr const char* kCapsule = "dltensor";
+  static constexpr const char* kCapsule = "dltensor";  // begins with one, and keeps the tensor alive
   static constexpr std::int32_t kCpu = 1;
 
   // The format of an element as the buffer protocol writes it, '\0' if it is none of ours
@@ -68,12 +67,52 @@ struct DlTensor {
         return '\0';
     }
   }
-  std::string type_text() const {
+  static std::string type_text(int code, py::ssize_t bits) {
     constexpr const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
     return code == 6 ? "bool" : (code < 6 ? kinds[code] : "type ") + std::to_string(bits);
   }
 };
 static_assert(sizeof(py::ssize_t) == 8, "DLPack's sizes are of 64 bits");
+
+// While it lives, tensors of one framework are arrays for this thread. Not always: out of their own adapter's hands a
+// tensor that tracks gradients must be refused, for it would lose them.
+class TensorsAreArrays {
+ public:
+  // The framework's "dlpack_exchange_api" (DLPack 1.2), or None. Tensors to read need not be contiguous.
+  explicit TensorsAreArrays(py::handle capsule) : before_(view()) {
+    if (capsule.is_none()) return;
+    const auto* api = static_cast<const Api*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    PyErr_Clear();
+    while (api && api->major != 1) api = api->older;
+    if (!api || !api->view)
+      throw py::value_error("tensors: expected DLPack's exchange API, version 1; got " +
+                            std::string(py::repr(capsule)));
+    view() = api->view;
+  }
+  TensorsAreArrays(const TensorsAreArrays&) = delete;
+  ~TensorsAreArrays() { view() = before_; }
+
+  static bool read(py::handle object, DlTensor& tensor) {
+    if (!view()) return false;
+    if (view()(object.ptr(), &tensor) == 0) return true;
+    PyErr_Clear();  // no tensor: said better at the door
+    return false;
+  }
+
+ private:
+  using View = int (*)(void* object, DlTensor* tensor);
+  struct Api {
+    std::uint32_t major, minor;
+    const Api* older;
+    void *allocate, *to_managed, *from_managed;
+    View view;
+  };
+  static View& view() {
+    thread_local View current = nullptr;
+    return current;
+  }
+  View before_;
+};
 
 // A borrowed array: holding it keeps the memory where it is. NumPy's are read as they are, which is many times
 // cheaper than the buffer protocol, through which everything else comes that is no DLPack capsule.
@@ -100,7 +139,23 @@ class Array {
              (view_->readonly ? 0 : Flags::NPY_ARRAY_WRITEABLE_);
     keep_shape(view_->shape, view_->strides);
   }
-  explicit Array(py::capsule capsule) : Array(*capsule.get_pointer<DlTensor>()) { owner_ = std::move(capsule); }
+  Array(const DlTensor& tensor, py::object owner)
+      : data_(static_cast<char*>(tensor.data) + tensor.byte_offset), ndim_(tensor.ndim), item_(tensor.bits / 8),
+        format_(tensor.format()), code_(tensor.code), owner_(std::move(owner)) {
+    using Flags = py::detail::npy_api;
+    py::ssize_t strides[kShown] = {}, dense = 1;
+    bool contiguous = true;
+    for (int i = ndim_ - 1; i >= 0; --i) {
+      const py::ssize_t stride = tensor.strides ? tensor.strides[i] : dense;
+      contiguous = contiguous && (tensor.shape[i] == 1 || stride == dense);
+      dense *= tensor.shape[i];
+      if (i < kShown) strides[i] = stride * item_;
+    }
+    const bool aligned = item_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % std::uintptr_t(item_) == 0;
+    flags_ = (contiguous || dense == 0 ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
+             (aligned ? Flags::NPY_ARRAY_ALIGNED_ : 0) | Flags::NPY_ARRAY_WRITEABLE_;
+    keep_shape(tensor.shape, strides);
+  }
 
   template <class T> T* data() const { return static_cast<T*>(data_); }
   int ndim() const { return ndim_; }
@@ -124,7 +179,7 @@ class Array {
   }
   // Of an object that has no dtype to show
   std::string type_text() const {
-    if (tensor_) return tensor_->type_text();
+    if (code_ >= 0) return DlTensor::type_text(code_, 8 * item_);
     return std::string("format '") + (view_ && view_->format ? view_->format : "B") + "'";
   }
 
@@ -132,24 +187,6 @@ class Array {
   struct Release {
     void operator()(Py_buffer* view) const { PyBuffer_Release(view), delete view; }
   };
-  explicit Array(const DlTensor& tensor)
-      : data_(static_cast<char*>(tensor.data) + tensor.byte_offset), ndim_(tensor.ndim), item_(tensor.bits / 8),
-        format_(tensor.format()), tensor_(&tensor) {
-    using Flags = py::detail::npy_api;
-    py::ssize_t strides[kShown] = {}, dense = 1;
-    bool contiguous = true;
-    for (int i = ndim_ - 1; i >= 0; --i) {
-      const py::ssize_t stride = tensor.strides ? tensor.strides[i] : dense;
-      contiguous = contiguous && (tensor.shape[i] == 1 || stride == dense);
-      dense *= tensor.shape[i];
-      if (i < kShown) strides[i] = stride * item_;
-    }
-    const bool aligned = item_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % std::uintptr_t(item_) == 0;
-    flags_ = (contiguous || dense == 0 ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
-             (aligned ? Flags::NPY_ARRAY_ALIGNED_ : 0) | Flags::NPY_ARRAY_WRITEABLE_;
-    keep_shape(tensor.shape, strides);
-  }
-
   static constexpr int kShown = 3;  // axes that any argument has: copied, for the caller may reshape its array
 
   void keep_shape(const py::ssize_t* shape, const py::ssize_t* strides) {
@@ -162,11 +199,11 @@ class Array {
   int ndim_ = 0, flags_ = 0;
   py::ssize_t item_ = 0;  // bytes of an element
   char format_ = '\0';    // of a single number in the machine's byte order, else 0
+  int code_ = -1;         // DLPack's of an element, of tensors
   py::ssize_t first_[kShown] = {}, strides_[kShown] = {};
   const py::ssize_t* shape_ = nullptr;  // read only to describe an array that is refused
   py::object owner_;
   std::unique_ptr<Py_buffer, Release> view_;
-  const DlTensor* tensor_ = nullptr;  // the owner's, if that is a capsule
 };
 
 // What an argument must be, for the sentence that says so
@@ -211,18 +248,19 @@ inline std::string describe(py::handle object, const Array& array) {
 // Opens the array without looking at its shape or type.
 inline Array open(py::handle object, const char* name, const Expected& expected) {
   const bool numpy = py::isinstance<py::array>(object);
+  DlTensor tensor;
   const bool capsule = !numpy && PyCapsule_IsValid(object.ptr(), DlTensor::kCapsule);
-  if (!numpy && !capsule && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
+  if (capsule) tensor = *py::reinterpret_borrow<py::capsule>(object).get_pointer<DlTensor>();
+  const bool lent = capsule || (!numpy && TensorsAreArrays::read(object, tensor));
+  if (!numpy && !lent && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
   if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
     fail(name, expected.text(), "a masked array, whose mask would be ignored");
   Array array;
   if (numpy) {
     array = Array(py::reinterpret_borrow<py::array>(object));
-  } else if (capsule) {
-    const auto lent = py::reinterpret_borrow<py::capsule>(object);
-    if (lent.get_pointer<DlTensor>()->device_type != DlTensor::kCpu)
-      fail(name, expected.text(), "a tensor on another device than the CPU");
-    array = Array(lent);
+  } else if (lent) {
+    if (tensor.device_type != DlTensor::kCpu) fail(name, expected.text(), "a tensor on another device than the CPU");
+    array = Array(tensor, py::reinterpret_borrow<py::object>(object));
   } else {
     auto view = std::make_unique<Py_buffer>();
     if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
@@ -234,6 +272,8 @@ inline Array open(py::handle object, const char* name, const Expected& expected)
   const bool refused = expected.writable && !array.writable();
   const bool lies_well = array.contiguous() || (expected.strided && array.rows_contiguous());
   if (lies_well && array.aligned() && !refused) return array;
+  if (lent && !capsule && !lies_well && !expected.writable)  // as its own framework's operations do
+    return open(object.attr("contiguous")(), name, expected);
   fail(name, expected.text(),
        describe(object, array) +
            (lies_well          ? ""

@@ -440,10 +440,15 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
 
   py::class_<LayerProblem>(m, "Problem")
-      .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
-                    py::handle, py::handle, py::handle>(),
+      .def(py::init([](py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih,
+                       py::handle b_hh, py::handle h0, py::handle c0, py::handle lengths, py::handle reverse,
+                       py::handle extras, py::handle tensors) {
+             const TensorsAreArrays scope(tensors);
+             return std::make_unique<LayerProblem>(cell, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras);
+           }),
            py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"),
-           py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"), py::arg("extras") = py::none())
+           py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"), py::arg("extras") = py::none(),
+           py::arg("tensors") = py::none())
       .def_property_readonly("cell", [](const LayerProblem& p) { return p.kernels.info.name; })
       .def_property_readonly("arch", [](const LayerProblem& p) { return p.arch.name; })
       .def_property_readonly("dtype", [](const LayerProblem& p) { return p.is_double ? "float64" : "float32"; })
@@ -497,7 +502,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def(
       "forward",
       [](const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved, py::handle states,
-         py::handle scratch, int threads, py::handle ticks, py::handle packed) {
+         py::handle scratch, int threads, py::handle ticks, py::handle packed, py::handle tensors) {
+        const TensorsAreArrays scope(tensors);
         check_threads(threads);
         const LentScratch lent(scratch, p.sizes.forward_scratch);
         PackedWeights* const kept =
@@ -507,12 +513,15 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("saved"), py::arg("states"),
-      py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none(), py::arg("packed") = py::none());
+      py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none(), py::arg("packed") = py::none(),
+      py::arg("tensors") = py::none());
 
   m.def(
       "backward",
       [](const LayerProblem& p, py::handle y, py::handle saved, py::handle states, py::handle dy, py::handle dhn,
-         py::handle dcn, const GradientArrays& gradients, py::handle scratch, int threads, py::handle ticks) {
+         py::handle dcn, const GradientArrays& gradients, py::handle scratch, int threads, py::handle ticks,
+         py::handle tensors) {
+        const TensorsAreArrays scope(tensors);
         check_threads(threads);
         const LentScratch lent(scratch, p.sizes.backward_scratch);
         p.typed([&](auto zero) {
@@ -520,5 +529,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         });
       },
       py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),
-      py::arg("dcn"), py::arg("gradients"), py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none());
+      py::arg("dcn"), py::arg("gradients"), py::arg("scratch"), py::arg("threads"), py::arg("ticks") = py::none(),
+      py::arg("tensors") = py::none());
 }

@@ -691,24 +691,45 @@ def test_outputs_are_checked_before_anything_is_written(problem, name):
         refused(call, {**good, name: None}, f"^({name}|states): expected", "got ")
 
 
+@pytest.mark.parametrize("exchange", [None, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int32])
-def test_capsules_of_other_numbers_are_refused(kind):
-    """DLPack's capsules come through the same door as arrays, and are named as what they are."""
+def test_tensors_of_other_numbers_are_refused(kind, exchange):
+    """Tensors, and DLPack's capsules, come through the same door as arrays, and are named as what they are."""
+    lend = torch.utils.dlpack.to_dlpack if exchange is None else lambda t: t
     good = {name: torch.from_numpy(a) for name, a in arguments().items() if isinstance(a, np.ndarray)}
-    lent = {name: torch.utils.dlpack.to_dlpack(t) for name, t in good.items()}
     names = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0")
-    assert len(good["x"]) == _core.Problem("lstm", *map(lent.get, names), None, False).T
+
+    def make(**other):
+        return _core.Problem("lstm", *(lend({**good, **other}[n]) for n in names), None, False, None, exchange)
+
+    assert len(good["x"]) == make().T
     for name in names:
+        strided = good[name].repeat_interleave(2, -1)[..., ::2]
+        if exchange is not None:
+            assert make(**{name: strided}).T == make().T  # as PyTorch's own operations take it
+        else:
+            with pytest.raises(ValueError, match=f"^{name}: expected .*got float32 .*not .*contiguous"):
+                make(**{name: strided})
         for bad, got in (
-            (good[name].to(kind), f"got {str(kind).removeprefix('torch.')} "),
-            (good[name].repeat_interleave(2, -1)[..., ::2], "got float32 .*not .*contiguous"),
-            (good[name][:0], r"got float32 \(0"),
+            (good[name].to(kind), f"got (torch.)?{str(kind).removeprefix('torch.')} "),
+            (good[name][:0], r"got (torch.)?float32 \(0"),
+            (good[name].to("meta"), "got a tensor on another device|got (torch.)?Tensor"),
         ):
             if name == "x" and len(bad) == 0:  # no steps: nothing to refuse
                 continue
-            bad_lent = {**lent, name: torch.utils.dlpack.to_dlpack(bad)}
+            if bad.is_meta and exchange is None:  # there are no capsules of them
+                continue
             with pytest.raises(ValueError, match=f"^{name}: expected .*{got}"):
-                _core.Problem("lstm", *map(bad_lent.get, names), None, False)
+                make(**{name: bad})
+
+
+def test_what_lends_tensors_is_checked():
+    x, w = np.zeros((2, 1, 3), np.float32), np.zeros((4, 3), np.float32)
+    for wrong in ("tensor", torch.utils.dlpack.to_dlpack(torch.zeros(1))):
+        with pytest.raises(ValueError, match=r"tensors: expected .*exchange API.*got"):
+            _core.Problem(
+                "rnn_tanh", x, w, np.zeros((4, 4), np.float32), None, None, None, None, None, False, None, wrong
+            )
 
 
 @pytest.mark.parametrize("name", functional.Gradients._fields[:7])

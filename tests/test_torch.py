@@ -221,7 +221,7 @@ def test_only_what_needs_a_gradient_gets_one(name):
     y, _ = layer(x)
     asked = []
     backward = gw.torch._backward
-    gw.torch._backward = lambda *args: asked.append(args[-1]) or backward(*args)
+    gw.torch._backward = lambda *args: asked.append(list(args[-1])) or backward(*args)
     try:
         y.sum().backward()
     finally:
@@ -229,6 +229,31 @@ def test_only_what_needs_a_gradient_gets_one(name):
     #                                 x      h0     c0     w_ih  w_hh   b_ih  b_hh
     assert asked == [[False, False, False, True, False, True, True, False, False]]
     assert layer.weight_hh_l0.grad is None and layer.weight_ih_l0.grad is not None
+
+
+@pytest.mark.skipif(gw.torch._EXCHANGE is None, reason="this PyTorch has capsules only")
+def test_tensors_and_capsules_of_them_are_the_same_arrays(monkeypatch):
+    """Newer PyTorch lends a tensor as it is, older a DLPack capsule of it: both with strides, views and no rows."""
+    layer = gw.torch.LSTM(3, 4, proj_size=2, bidirectional=True, zoneout=0.1)
+    weights = list(layer.parameters())
+    results = []
+    for exchange in (gw.torch._EXCHANGE, None):
+        monkeypatch.setattr(gw.torch, "_EXCHANGE", exchange)
+        torch.manual_seed(0)
+        for x in (torch.randn(5, 3, 2).mT, torch.randn(5, 2, 6)[..., 1:4], torch.randn(5, 2, 6)[..., ::2]):
+            x.requires_grad_()
+            y, _ = layer(x, lengths=torch.tensor([5, 3, 1, 0])[::2])
+            results.append((y, *torch.autograd.grad(y, [x, *weights], torch.randn(4, 2, 5).permute(2, 1, 0))))
+    for a, b in zip(results[:3], results[3:]):
+        assert_same(a, b, 0)
+
+
+def test_functions_on_arrays_refuse_tensors_that_track_gradients():
+    """They would be lost without a word."""
+    weights = list(gw.torch.GRU(3, 4).parameters())
+    gw.torch.GRU(3, 4)(torch.randn(5, 2, 3))  # its adapter has lent some meanwhile
+    with pytest.raises(ValueError, match=r"w_hh: expected .*; got Parameter"):
+        gw.gru(np.zeros((5, 2, 3), np.float32), *weights)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -36,6 +36,7 @@ class Problem:
         lengths: Any,
         reverse: bool,
         extras: tuple[Any, ...] | None = None,
+        tensors: Any = None,
     ) -> None: ...
     @property
     def cell(self) -> str: ...
@@ -86,7 +87,7 @@ class Stream:
 # A whole call each, arguments by position: they allocate the outputs, and lend them to the same code as `forward` and
 # `backward` below, to which the caller lends its own; `scratch` is None for memory that the thread keeps. `wanted`: a
 # set of names, or None for all that the cell has. An array, here and above, is NumPy's, lends a buffer, or is a DLPack
-# capsule of a tensor on the CPU.
+# capsule of a tensor on the CPU; or the tensor, where `tensors` is its class's __dlpack_c_exchange_api__.
 def run_forward(
     cell: Any,
     x: Any,
@@ -130,6 +131,7 @@ def forward(
     threads: int,
     ticks: Any = None,
     packed: PackedWeights | None = None,
+    tensors: Any = None,
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -143,4 +145,5 @@ def backward(
     scratch: Any,
     threads: int,
     ticks: Any = None,
+    tensors: Any = None,
 ) -> None: ...

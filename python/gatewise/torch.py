@@ -43,7 +43,8 @@ _INPUTS = (
     + ", str cell, bool reverse, bool batch_first, str reset_to, float zoneout_h, float zoneout_c, float? cell_clip,"
     " str save"
 )
-_to_dlpack: Any = torch._C._to_dlpack  # what torch.utils.dlpack.to_dlpack is
+_EXCHANGE: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # since PyTorch 2.10: tensors are lent as they are
+_to_dlpack: Any = torch._C._to_dlpack  # before: what torch.utils.dlpack.to_dlpack is
 _CPU = torch.device("cpu")
 _PLAIN = (torch.Tensor, nn.Parameter)
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -70,26 +71,27 @@ def _has_c(cell: str) -> bool:
 
 
 def _lend(tensor: Maybe) -> Any:
-    return None if tensor is None else _to_dlpack(tensor.contiguous())
+    return tensor if _EXCHANGE or tensor is None else _to_dlpack(tensor.contiguous())
 
 
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
-def _arguments(tensors: Sequence[Maybe], options: _Options, lend: Callable[[Tensor], Any] = _array) -> tuple[Any, ...]:
-    """Those of _core.Problem after the cell, and so the inputs of a functional.Tape; each tensor as `lend` has it."""
-    x, *others, seed = tensors
-    assert x is not None
-    x = x if x.stride(-1) == 1 else x.contiguous()  # the kernels read rows wherever they are
-    h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset = [
-        None if t is None else lend(t.contiguous()) for t in others
-    ]
+def _arguments(tensors: Sequence[Maybe], options: _Options) -> tuple[Any, ...]:
+    """Those of _core.Problem after the cell, as tensors."""
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_unit, w_hr, h_mask, lengths, batch_sizes, reset, seed = tensors
+    _, reverse, batch_first, reset_to, zoneout_h, zoneout_c, cell_clip, save = options
     extras = (
-        w_unit, w_hr, h_mask, reset, options.reset_to, options.zoneout_h, options.zoneout_c,
-        None if seed is None else int(seed) % 2**64, options.cell_clip, batch_sizes, options.batch_first, options.save,
+        w_unit, w_hr, h_mask, reset, reset_to, zoneout_h, zoneout_c, None if seed is None else int(seed) % 2**64,
+        cell_clip, batch_sizes, batch_first, save,
     )  # fmt: skip
-    return lend(x), w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, options.reverse, extras
+    return x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
+
+
+def _lent(arguments: tuple[Any, ...], lend: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+    """Each tensor among them as `lend` has it."""
+    return tuple(lend(a) if isinstance(a, Tensor) else _lent(a, lend) if isinstance(a, tuple) else a for a in arguments)
 
 
 def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
@@ -97,7 +99,10 @@ def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
     assert x is not None
     if not x.is_cpu:
         raise RuntimeError(f"gatewise.torch: x is on {x.device}, whose kernels are {backends()['cuda']}; use the CPU")
-    return _core.Problem(options.cell, *_arguments(tensors, options, _to_dlpack))
+    arguments = _arguments(tensors, options)
+    if _EXCHANGE is None:
+        arguments = _lent(arguments, _lend)
+    return _core.Problem(*(options.cell, *arguments, _EXCHANGE))
 
 
 def _num_threads() -> int:
@@ -119,30 +124,29 @@ def _forward(
     x = tensors[0]
     assert x is not None
     p = _problem(tensors, options)
-    dtype = x.dtype
-    y = torch.empty((*x.shape[:-1], p.R), dtype=dtype, device=_CPU)
-    hn = torch.empty((p.N, p.R), dtype=dtype, device=_CPU)
+    y = x.new_empty((*x.shape[:-1], p.R))
+    hn = x.new_empty((p.N, p.R))
     cn = saved = states = None
     saved_size, states_size = p.sizes[:2]
     if p.has_c:
-        cn = torch.empty((p.N, p.H), dtype=dtype, device=_CPU)
+        cn = x.new_empty((p.N, p.H))
     if keep:
-        make = _untouched_zeros if for_op else torch.empty
+        make = partial(_untouched_zeros, x.dtype) if for_op else x.new_empty
         sizes = _tape_sizes(tensors, options, p.N) if for_op else (saved_size, states_size)
         if options.save == "all":
-            saved = make(sizes[:1], dtype=dtype, device=_CPU)
+            saved = make(sizes[0])
         if p.has_c:
-            states = make(sizes[1:], dtype=dtype, device=_CPU)
+            states = make(sizes[1])
     _core.forward(
         p, _lend(y), _lend(hn), _lend(cn), _part(saved, saved_size), _part(states, states_size), None, _num_threads(),
-        None, packed,
+        None, packed, _EXCHANGE,
     )  # fmt: skip
     return y, hn, cn, saved, states
 
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _untouched_zeros(dtype: torch.dtype, size: int) -> Tensor:
     """Zeros that the system provides when they are touched, as NumPy asks for them and torch.zeros does not."""
-    return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
+    return torch.from_numpy(np.zeros(size, np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _part(buffer: Maybe, size: int) -> Any:
@@ -167,8 +171,8 @@ def _backward(
     for i, is_wanted in enumerate(wanted):
         tensor = tensors[i]
         if is_wanted and tensor is not None:  # the weights' are added to
-            make = torch.empty if i < 3 else torch.zeros
-            out[i] = make(tensor.shape, dtype=y.dtype, device=_CPU)
+            make = torch.empty_like if i < 3 else torch.zeros_like
+            out[i] = make(tensor, memory_format=torch.contiguous_format)
     own, (dy, dhn, dcn) = p.sizes, incoming
     if options.save != "all":  # an op's are empty tensors
         saved = None
@@ -176,7 +180,7 @@ def _backward(
         states = None
     _core.backward(
         p, _lend(y), _part(saved, own[0]), _part(states, own[1]),
-        _lend(dy), _lend(dhn), _lend(dcn), tuple(map(_lend, out)), None, _num_threads(),
+        _lend(dy), _lend(dhn), _lend(dcn), tuple(map(_lend, out)), None, _num_threads(), None, _EXCHANGE,
     )  # fmt: skip
     return out
 
@@ -306,8 +310,8 @@ def _double_backward_op(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = _split(rest)
     from . import reference
 
-    arrays = _arguments(tensors, options)
-    dy, dhn, dcn = (None if t is None else _array(t.contiguous()) for t in incoming)
+    arrays = _lent(_arguments(tensors, options), _array)
+    dy, dhn, dcn = (None if t is None else _array(t) for t in incoming)
     _core.Problem(options.cell, *arrays).check_incoming(dy, dhn, dcn)
     along = {
         f"d{name}": _array(v) for name, v, t in zip(_TENSORS, direction, tensors)
@@ -334,7 +338,7 @@ def _unpack_op(*args: Any) -> tuple[Tensor, ...]:
     """Gates [..., G, H] and c [..., H] of every step from a tape that keeps all; leading axes as in y."""
     tensors, options = _split(args)
     y, saved, states = map(_array, args[-3:])
-    arrays = _arguments(tensors, options)
+    arrays = _lent(_arguments(tensors, options), _array)
     p = _core.Problem(options.cell, *arrays)
     tape = functional.Tape(options.cell, "cpu", True, arrays, p, y, y, None, saved, states)
     x = tensors[0]
@@ -368,16 +372,17 @@ def _op_gradients(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, *_: Any) -> tuple
 
 def _gradients(ctx: Any, incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[bool]) -> list[Maybe]:
     """Of all tensors of the call, from the gradients of y, hn and cn."""
+    dy, dhn, dcn = incoming
+    if dy is None and dhn is None and dcn is None:
+        return [None] * _ALL
     *tensors, y, saved, states = ctx.saved_tensors
     none: list[Maybe] = [None] * (_ALL - _GRADIENTS)
-    if all(t is None for t in incoming):
-        return [None] * _ALL
-    wanted = [bool(w) for w in wanted]
     if not _has_c(ctx.options.cell):
-        incoming = *incoming[:2], None
-    if torch.is_grad_enabled() or _is_watched((*incoming, *tensors, y)):  # the op can be differentiated once more
+        incoming = dy, dhn, None
+    if torch.is_grad_enabled() or _is_watched((dy, dhn, dcn, y, *tensors)):  # the op can be differentiated once more
         x = tensors[0]
         tape = y, _present(saved, x), _present(states, x)
+        wanted = [bool(w) for w in wanted]
         got = _call("backward", *incoming, *tensors, *ctx.options, *tape, wanted)
         return [d if is_wanted else None for d, is_wanted in zip(got, wanted)] + none
     return _backward(tensors, ctx.options, y, saved, states, incoming, wanted) + none
@@ -995,19 +1000,21 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
     name = type(module).__name__
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for state in (h, c):
-        if state is not None and state.dim() not in (1, 2):
+    states = [s for s in (h, c) if s is not None]
+    for state in states:
+        if state.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {state.dim()}D instead")
     if input.dim() == 1:
         input, h, c = input.unsqueeze(0), *(None if s is None else s.unsqueeze(0) for s in (h, c))
         hn, cn = _step(module, cell, input, h, c)
         return hn.squeeze(0), None if cn is None else cn.squeeze(0)
-    if input.shape[1] != module.input_size:
-        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {module.input_size}")
-    for i, state in enumerate((h, c)):
-        if state is not None and state.shape[0] != input.shape[0]:
-            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}")
-        if state is not None and state.shape[1] != module.hidden_size:
+    N, I = input.shape
+    if module.input_size != I:
+        raise RuntimeError(f"input has inconsistent input_size: got {I} expected {module.input_size}")
+    for i, state in enumerate(states):
+        if state.shape[0] != N:
+            raise RuntimeError(f"Input batch size {N} doesn't match hidden{i} batch size {state.shape[0]}")
+        if state.shape[1] != module.hidden_size:
             raise RuntimeError(
                 f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {module.hidden_size}"
             )
@@ -1015,16 +1022,17 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
     b_ih, b_hh = (_weight(module, "bias_ih"), _weight(module, "bias_hh")) if module.bias else (None, None)
     x, h, c = _wide(input), _wide(h), _wide(c)
     assert x is not None
-    if _is_autocast():
+    autocast = _is_autocast()
+    if autocast:
         h, c = (None if s is None else s.to(x.dtype) for s in (h, c))
     steps = None
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         x = x.unsqueeze(0)
     else:
-        steps = _one_step(x.shape[0])
+        steps = _one_step(N)
     tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, steps, None, None)
     _, hn, cn = _layer(tensors, _STEPS[cell])
-    dtype = torch.float32 if _is_autocast() and input.dtype in _16_BIT else input.dtype
+    dtype = torch.float32 if autocast and input.dtype in _16_BIT else input.dtype
     if hn.dtype is not dtype:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
     return hn, cn
