@@ -244,7 +244,7 @@ def summary(chosen: Sequence[Case]) -> Iterator[str]:
 
 
 def table(chosen: Sequence[Case]) -> Iterator[str]:
-    met = [name for name in [*peers.PEERS, "plain", "1 thread"] if any(name in c.against for c in chosen)]
+    met = [name for name in [*peers.PEERS, "plain", "1 thread", "functional"] if any(name in c.against for c in chosen)]
     yield ("| problem | threads | ms | ± | GFLOP/s | of peak | products | cells | other | call | "
            + "".join(f"{name} | " for name in met) + "notes |")  # fmt: skip
     yield "|---" * (11 + len(met)) + "|"
@@ -373,8 +373,26 @@ same machine: trust the ratios more than the times.
 """
 
 
-def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
-    """The page, from the rows and the names of the pictures beside it."""
+def modules(rows: Sequence[Row]) -> Iterator[str]:
+    """gatewise.torch against torch.nn, and against the same problem on arrays."""
+    chosen = cases(rows)
+    met = [c for c in chosen if "torch" in c.against]
+    behind = [c for c in met if not c.against["torch"]["ratio"] >= 1]
+    yield "## gatewise.torch"
+    yield ""
+    yield ("Its modules through autograd, by `make bench ARGS=\"--party gatewise.torch\"`: torch is torch.nn, "
+           "`functional` the same problem on NumPy's arrays without PyTorch.")  # fmt: skip
+    yield f"torch / gatewise.torch is under 1 on {len(behind)} of {len(met)} measurements."
+    yield ""
+    yield from provenance(rows)
+    yield ""
+    yield from summary(chosen)
+    yield ""
+    yield from table(sorted(chosen, key=lambda c: c.row["threads"]))
+
+
+def page(rows: Sequence[Row], pictures: Sequence[str], of_modules: Sequence[Row] = ()) -> str:
+    """The page, from the rows and the names of the pictures beside it; and from the rows of PyTorch's modules."""
     arch, everything = main_arch(rows), cases(rows)
     mine = [c for c in everything if c.row["arch"] == arch]
     head = HEAD.format(rounds=bench.ROUNDS, window=1e3 * bench.WINDOW, slow=bench.SLOW)
@@ -410,6 +428,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str]) -> str:
                 ]
     alone = [c for c in everything if not c.row["set"]]
     lines += ["", "## Problems of no set", "", *table(alone)] * bool(alone)
+    lines += ["", *modules(of_modules)] if of_modules else []
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -429,7 +448,8 @@ def write(folder: Path) -> Path:
             draw(mine).savefig(folder / name, dpi=120, metadata={"Software": None})
             drawn.append(name)
     path = folder / "README.md"
-    path.write_text(page(rows, drawn), encoding="utf-8")
+    of_modules = folder / "torch_layers.csv"
+    path.write_text(page(rows, drawn, bench.read_csv(of_modules) if of_modules.exists() else ()), encoding="utf-8")
     return path
 
 

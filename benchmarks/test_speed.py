@@ -43,8 +43,8 @@ def opponents(config: pytest.Config, name: str, problem: bench.Problem, threads:
 @pytest.mark.filterwarnings("default")  # those of other libraries are no fault of ours
 @pytest.mark.benchmark(timer=clock, warmup=False)
 def test_speed(benchmark, pytestconfig, speed, table, record_property, name, problem, threads) -> None:
-    peers = opponents(pytestconfig, name, problem, threads)
-    measurement = bench.Measurement(problem, peers, threads, pytestconfig.getoption("--window"))
+    peers, party = opponents(pytestconfig, name, problem, threads), pytestconfig.getoption("--party")
+    measurement = bench.Measurement(problem, peers, threads, pytestconfig.getoption("--window"), party)
     others = [party for party in measurement.parties if party != "ours"]
     rounds: list[dict[str, float]] = []
 
@@ -58,7 +58,7 @@ def test_speed(benchmark, pytestconfig, speed, table, record_property, name, pro
     benchmark.pedantic(ours, setup=between, rounds=pytestconfig.getoption("--rounds"))
     rows = measurement.rows(rounds, name)
     if name == "scaling" and threads == 1:
-        rows = bench.with_memory(rows, ["torch"])
+        rows = bench.with_memory(rows, ["torch"], party)
     speed.write(rows)
     record_property("line", table.line(rows))
     benchmark.group = name

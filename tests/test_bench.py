@@ -206,7 +206,7 @@ def test_nothing_is_timed_when_ours_is_wrong(monkeypatch):
 
 def claims():
     """Every option of a peer once, every cell and dtype in training and in inference."""
-    for name, peer in {"ours": peers.Ours, **peers.PEERS}.items():
+    for name, peer in {**peers.OURS, **peers.PEERS}.items():
         texts = [f"{cell}:{dtype}:{o}" for cell in CELLS for dtype in ("f32", "f64") for o in ("train", "infer")]
         texts += [f"{cell}:f32:{o}" for cell in ("lstm", "gru") for o in sorted(peer.options - {"train", "infer"})]
         texts += [f"{cell}:f32:infer,{o}" for cell in ("lstm", "gru") for o in ("half", "lengths", "reverse", "h0")]
@@ -222,7 +222,7 @@ def claims():
 
 @pytest.mark.parametrize("name, problem", list(claims()))
 def test_what_a_peer_claims_to_run_it_runs_right(name, problem):
-    peer = peers.Ours if name == "ours" else installed(name)
+    peer = peers.OURS.get(name) or installed(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, not ours
         party = peer(problem, draw(problem), 1)
@@ -233,6 +233,21 @@ def test_what_a_peer_claims_to_run_it_runs_right(name, problem):
     if problem.trains:
         assert {"y", *gradients_of(problem)} - results.keys() <= {"dh0", "dc0"}
         assert ("dx" in results) == ("nodx" not in problem.options)
+
+
+def test_modules_of_ours_are_measured_against_torchs_and_against_our_functions(monkeypatch):
+    """Verified first, as every party is: a module that gives one answer late is wrong."""
+    assert bench.installed(None, "gatewise.torch") == ["torch"]
+    rows = bench.measure(TINY, ["torch"], rounds=2, window=1e-4, party="gatewise.torch")
+    assert [row.against for row in rows] == ["torch", "functional"] and all(row.ratio > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"reverse: gatewise\.torch runs no reverse"):
+        bench.select(["lstm:T5,N3,I4,H6:f32:reverse"], "gatewise.torch")
+    with pytest.raises(ValueError, match=r"party: expected one of gatewise, gatewise\.torch; got 'torch'"):
+        bench.installed(None, "torch")
+    sound = peers.OursInTorch.results
+    monkeypatch.setattr(peers.OursInTorch, "results", lambda self: {**sound(self), "hn": 0 * sound(self)["hn"]})
+    with pytest.raises(bench.WrongAnswer, match=r"hn of gatewise\.torch"):
+        bench.Measurement(TINY, ["torch"], window=1e-4, party="gatewise.torch")
 
 
 def test_what_no_peer_can_run_is_refused_with_a_reason():
@@ -321,7 +336,7 @@ def test_a_problem_of_nothing_is_not_measured():
 
 def test_memory_of_a_step_is_at_least_its_tape():
     problem = Problem.parse("lstm:T100,N64,I16,H64:f32:train")
-    took = bench.memory(problem, "ours")
+    took = bench.memory(problem, peers.Ours.name)
     if took is None:
         # getrusage's peak is what the measurement itself rests on: without it there is nothing to compare
         pytest.skip("this system does not tell a process' highest memory")

@@ -17,19 +17,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cache, lru_cache
 from math import exp, log, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, _core, check
 from .backends import available_cores
-from .peers import PEERS, NumPy, Ours, Party, Reference
+from .peers import OURS, PEERS, NumPy, Ours, Party, Reference
 from .problems import DTYPES, GATES, Inputs, Problem, draw
 
 Array = NDArray[Any]
@@ -168,14 +169,17 @@ SETS = {
 }  # fmt: skip
 
 
-def select(names: Iterable[str]) -> list[tuple[str, Problem]]:
-    """The (set, problem) pairs of names of sets and of problem strings; a problem of no set has the set ""."""
+def select(names: Iterable[str], party: str = Ours.name) -> list[tuple[str, Problem]]:
+    """The (set, problem) pairs of names of sets and of problem strings; a problem of no set has the set "". Of a set
+    those that this party of ours runs; a problem that was named it must run."""
     chosen = []
     for name in names:
         if ":" in name:
-            chosen.append(("", Problem.parse(name)))
+            chosen.append(("", problem := Problem.parse(name)))
+            if reason := OURS[party].refuses(problem):
+                raise ValueError(f"{problem}: {party} runs {reason}")
         elif name in SETS:
-            chosen += [(name, problem) for problem in SETS[name].problems]
+            chosen += [(name, problem) for problem in SETS[name].problems if OURS[party].refuses(problem) is None]
         else:
             raise ValueError(f"{name!r} is neither a problem, as lstm:T64,N32,I64,H128:f32:train, nor a set; "
                              f"the sets are {', '.join(SETS)}")  # fmt: skip
@@ -303,7 +307,7 @@ class Row:
     cells: Optional[float]  # in the cells' functions,
     other: Optional[float]  # in the rest of the kernels,
     call: Optional[float]  # outside of the kernels: Python, allocation
-    against: str  # a peer, "plain", "1 thread"; "" alone
+    against: str  # a peer, "functional", "plain", "1 thread"; "" alone
     against_ms: Optional[float]
     against_spread: Optional[float]
     ratio: Optional[float]  # median of (against / ours)
@@ -329,24 +333,62 @@ def _plain_cell(cell: str) -> str:
     return f"rnn_{variant}" if kind == "indrnn" else cell if kind == "rnn" else kind
 
 
+class Timed(Protocol):
+    """What can be timed: a step, and what is entered around a run of steps."""
+
+    def step(self) -> Any: ...
+
+    def window(self) -> AbstractContextManager[Any]: ...
+
+
+def seconds_a_call(party: Timed, calls: int) -> float:
+    """From one window of so many calls, after a pause."""
+    step = party.step
+    time.sleep(PAUSE)
+    with party.window():
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            return (time.perf_counter() - start) / calls
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def calls_of(party: Timed, window: float) -> tuple[int, float]:
+    """Calls that fill a window, and seconds a call."""
+    calls = 1
+    while (taken := calls * seconds_a_call(party, calls)) < window:
+        calls = max(calls + 1, int(calls * min(10.0, 1.2 * window / taken)))
+    return calls, taken / calls
+
+
 class Measurement:
     """One problem, ours and the others', ready to be timed round by round: everything built and verified.
 
-    Besides `peers` two more parties of ours may run: "plain", the same problem with ordinary numbers, every sequence
-    full, and nothing that the plain cell of its kind does not have; "1 thread", where it runs on more.
+    `party` is which of `OURS` is measured: the functional API, or an adapter. Besides `peers` more parties of ours may
+    run. Beside the functional API: "plain", the same problem with ordinary numbers, every sequence full, and nothing
+    that the plain cell of its kind does not have; "1 thread", where it runs on more. Beside an adapter: "functional",
+    the same problem without it.
 
     Raises:
         WrongAnswer: ours is wrong. A peer that is wrong is left out, and `notes` says so.
         ValueError: there is nothing to measure.
     """
 
-    def __init__(self, problem: Problem, peers: Sequence[str] = (), threads: int = 1, window: float = WINDOW) -> None:
+    def __init__(
+        self, problem: Problem, peers: Sequence[str] = (), threads: int = 1, window: float = WINDOW,
+        party: str = Ours.name,
+    ) -> None:  # fmt: skip
         if min(problem.T, problem.N, problem.I, problem.H) < 1:
             raise ValueError(f"{problem}: expected sizes of 1 or more; there is nothing to measure")
-        self.problem, self.threads, self.time = problem, threads, window
+        self.problem, self.threads = problem, threads
         self.inputs = draw(problem)
         self.notes: list[str] = []
-        self.parties: dict[str, Party] = {"ours": Ours(problem, self.inputs, threads)}
+        self.parties: dict[str, Party] = {"ours": OURS[party](problem, self.inputs, threads)}
         self._verify("ours", problem)
         for name in peers:
             if PEERS[name].refuses(problem) is None:
@@ -357,45 +399,28 @@ class Measurement:
                     self.notes.append(f"left out: {error}")
                     del self.parties[name]
         plain = _plain(problem)
-        if plain != problem:
+        if party != Ours.name:
+            self.parties["functional"] = Ours(problem, self.inputs, threads)
+            self._verify("functional", problem)
+        elif plain != problem:
             self.parties["plain"] = Ours(plain, draw(plain), threads)
             self._verify("plain", plain)
-        if threads > 1:
+        if party == Ours.name and threads > 1:
             self.parties["1 thread"] = Ours(problem, self.inputs, 1)
         self.turns = 0
         self.calls, seconds = {}, {}
         for name in self.parties:
-            self.calls[name], seconds[name] = self._calls(name)
+            self.calls[name], seconds[name] = calls_of(self.parties[name], window)
         self.slow = {name for name, taken in seconds.items() if taken > max(4 * window, SLOW * seconds["ours"])}
 
     def _verify(self, name: str, problem: Problem) -> None:
         with self.parties[name].window():
             results = self.parties[name].results()
-        verify(problem, "gatewise" if isinstance(self.parties[name], Ours) else name, results)
+        verify(problem, self.parties[name].name, results)
 
-    def _calls(self, name: str) -> tuple[int, float]:
-        """Calls that fill a window, and seconds a call."""
-        calls = 1
-        while (taken := calls * self.window(name, calls)) < self.time:
-            calls = max(calls + 1, int(calls * min(10.0, 1.2 * self.time / taken)))
-        return calls, taken / calls
-
-    def window(self, name: str, calls: int | None = None) -> float:
-        """Seconds a call of one party, from one window of `calls`, after a pause."""
-        party, calls = self.parties[name], calls or self.calls[name]
-        step = party.step
-        time.sleep(PAUSE)
-        with party.window():
-            collecting = gc.isenabled()
-            gc.disable()
-            try:
-                start = time.perf_counter()
-                for _ in range(calls):
-                    step()
-                return (time.perf_counter() - start) / calls
-            finally:
-                if collecting:
-                    gc.enable()
+    def window(self, name: str) -> float:
+        """Seconds a call of one party, from one window, after a pause."""
+        return seconds_a_call(self.parties[name], self.calls[name])
 
     def peak(self) -> float:
         """Multiply-adds of one core in a second, as flops, right now."""
@@ -436,8 +461,7 @@ class Measurement:
         """Shares of a step's time: products, cells, the rest of the kernels, outside of them. Looking at the clock
         inside a kernel takes time as well, so these are shares of steps of their own."""
         party = self.parties["ours"]
-        assert isinstance(party, Ours)
-        if not (rate := _tick_rate()) or party.ticks() is None:
+        if not isinstance(party, Ours) or not (rate := _tick_rate()) or party.ticks() is None:
             return None, None, None, None
         shares = []
         for _ in range(min(self.calls["ours"], 9)):
@@ -470,17 +494,17 @@ def _tick_rate() -> float:
 
 def measure(
     problem: Problem, peers: Sequence[str] = (), threads: int = 1, rounds: int = ROUNDS, name: str = "",
-    window: float = WINDOW,
+    window: float = WINDOW, party: str = Ours.name,
 ) -> list[Row]:  # fmt: skip
     """Verify, time, and report one problem: a row for each other party, or one row alone."""
-    measurement = Measurement(problem, peers, threads, window)
+    measurement = Measurement(problem, peers, threads, window, party)
     return measurement.rows([measurement.round() for _ in range(rounds)], name)
 
 
-def with_memory(rows: Sequence[Row], peers: Iterable[str]) -> list[Row]:
+def with_memory(rows: Sequence[Row], peers: Iterable[str], party: str = Ours.name) -> list[Row]:
     """The rows of one problem, with the memory that a step takes: ours and these peers'."""
     problem = Problem.parse(rows[0].problem)
-    ours = memory(problem, "ours")
+    ours = memory(problem, party)
     return [
         replace(row, mb=ours, against_mb=memory(problem, row.against) if row.against in peers else None) for row in rows
     ]
@@ -491,7 +515,7 @@ def with_memory(rows: Sequence[Row], peers: Iterable[str]) -> list[Row]:
 
 def memory(problem: Problem, party: str) -> float | None:
     """MB that a fresh process grows by, at its highest, over the first step of a problem whose arrays and weights it
-    already has; None where the system does not say (Linux does)."""
+    already has; None where the system does not say (Linux does). `party` is a name of `OURS` or of `PEERS`."""
     code = f"from gatewise import bench; print(bench._growth({str(problem)!r}, {party!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
@@ -503,7 +527,7 @@ def memory(problem: Problem, party: str) -> float | None:
 def _growth(text: str, name: str) -> int | None:
     import ctypes
 
-    kind = Ours if name == "ours" else PEERS[name]
+    kind = (OURS | PEERS)[name]
     tiny = replace(Problem.parse(text), T=2, N=2, I=3, H=4)
     warm = kind(tiny, draw(tiny), 1)  # what a library loads and allocates once is not the step's
     problem = Problem.parse(text)
@@ -577,11 +601,12 @@ def copy_rate(megabytes: int = 128) -> float:
     return 2e-9 * source.nbytes / min(seconds)
 
 
-def context(peers: Sequence[str]) -> dict[str, Any]:
+def context(peers: Sequence[str], party: str = Ours.name) -> dict[str, Any]:
     """Where and with what rows are measured: the columns that every row of a run shares."""
     held = [
         f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ
     ]
+    others = [OURS[party], *(PEERS[name] for name in peers if not name.startswith(("torch-", "numpy")))]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": cpu_model(),
@@ -591,20 +616,26 @@ def context(peers: Sequence[str]) -> dict[str, Any]:
         "compiler": getattr(_core, "compiler", "unknown"),
         "commit": commit(),
         "versions": ", ".join(
-            [f"gatewise {__version__}", f"numpy {np.__version__}", f"python {platform.python_version()}"]
-            + [PEERS[name].version() for name in peers if not name.startswith(("torch-", "numpy"))] + held
+            [
+                f"gatewise {__version__}", f"numpy {np.__version__}", f"python {platform.python_version()}",
+                *dict.fromkeys(other.version() for other in others if other.packages), *held,
+            ]
         ),
     }  # fmt: skip
 
 
-def installed(names: Sequence[str] | None) -> list[str]:
-    """The peers to run: those named, which must be there, or of the usual two those that are.
+def installed(names: Sequence[str] | None, party: str = Ours.name) -> list[str]:
+    """The peers to run: those named, which must be there, or of this party's usual ones those that are.
 
     Raises:
-        ValueError: a name that is no peer's. ImportError: a peer that is not installed.
+        ValueError: a name that is no peer's, or no party's. ImportError: a peer, or what the party needs, is missing.
     """
+    if party not in OURS:
+        raise ValueError(f"party: expected one of {', '.join(OURS)}; got {party!r}")
+    if reason := OURS[party].missing():
+        raise ImportError(reason)
     if names is None:
-        return [name for name in ("torch", "onnxruntime") if PEERS[name].missing() is None]
+        return [name for name in OURS[party].rivals if PEERS[name].missing() is None]
     for name in names:
         if name not in PEERS:
             raise ValueError(f"against: expected some of {', '.join(PEERS)}; got {name!r}")
@@ -616,8 +647,8 @@ def installed(names: Sequence[str] | None) -> list[str]:
 class Table:
     """The rows as text, a line for each problem and number of threads."""
 
-    def __init__(self, peers: Sequence[str]) -> None:
-        self.against = [*peers, "plain", "1 thread"]
+    def __init__(self, peers: Sequence[str], party: str = Ours.name) -> None:
+        self.against = [*peers, *(("plain", "1 thread") if party == Ours.name else ("functional",))]
 
     def header(self) -> str:
         shares = "peak  products cells other call"

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "names of sets (--list), problems as lstm:T64,N32,I64,H128:f32:train; default: grid"
     bench.add_argument("problems", nargs="*", default=["grid"], metavar="SET or PROBLEM", help=what)
     whom = "torch,onnxruntime,jax,... or none; default: torch and onnxruntime where installed"
+    bench.add_argument("--party", default="gatewise", help="gatewise (default), or gatewise.torch: its modules")
     bench.add_argument("--against", type=_words, metavar="PEERS", help=whom)
     bench.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
     bench.add_argument("--rounds", type=_at_least_one, metavar="N", help="windows of each party (default 9)")
@@ -157,8 +158,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.list:
         _list_bench()
         return 0
-    problems = bench.select(options.problems)
-    peers = bench.installed(options.against)
+    peers = bench.installed(options.against, options.party)
+    problems = bench.select(options.problems, options.party)
     for threads in options.threads:
         choose_num_threads(threads)
     if options.plot:  # what cannot be written is better known now
@@ -166,8 +167,8 @@ def _bench(options: argparse.Namespace) -> int:
         os.makedirs(options.plot, exist_ok=True)
     if options.json:
         open(options.json, "a", encoding="utf-8").close()
-    shared = bench.context(peers)
-    table = bench.Table(peers)
+    shared = bench.context(peers, options.party)
+    table = bench.Table(peers, options.party)
     rows: list[bench.Row] = []
     print(f"{shared['machine']}, {shared['cores']} cores, {shared['arch']}, built by {shared['compiler']}")
     print(f"{shared['versions']}, commit {shared['commit']}\n")
@@ -179,7 +180,7 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         for name, problem in problems:
             for threads in options.threads:
-                measured = bench.measure(problem, peers, threads, name=name, **settings)
+                measured = bench.measure(problem, peers, threads, name=name, party=options.party, **settings)
                 rows += measured
                 print(table.line(measured), flush=True)
                 if file:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import metadata
@@ -28,7 +28,9 @@ from .problems import CELLS, GATES, OPTIONS, Inputs, Problem, gradients_of, opti
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
-TORCH: dict[str, tuple[str, dict[str, Any]]] = {  # PyTorch's layer and its options, for the cells that it has too
+Layers = dict[str, tuple[str, dict[str, Any]]]  # by cell: the name of a layer, and its options
+
+TORCH: Layers = {  # PyTorch's, for the cells that it has too
     "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
     "lstm": ("LSTM", {}),
@@ -50,6 +52,8 @@ class Party(ABC):
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()  # what it needs, by import name
+    cells: ClassVar[Collection[str]] = TORCH
+    rivals: ClassVar[tuple[str, ...]] = ()  # of one of ours, the peers that it usually meets
     options: ClassVar[frozenset[str]] = frozenset({"train", "nodx", "nobias", "saturated", "zeros", "subnormal", "nan"})
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
@@ -70,7 +74,7 @@ class Party(ABC):
         """Why this party cannot run a problem, or None if it can."""
         if cannot := sorted(problem.options - cls.options):
             return f"no {', '.join(cannot)}"
-        return None if problem.cell in TORCH else f"no cell {problem.cell}"
+        return None if problem.cell in cls.cells else f"no cell {problem.cell}"
 
     @classmethod
     def missing(cls) -> str | None:
@@ -94,6 +98,8 @@ class Ours(Party):
 
     name = "gatewise"
     options = frozenset(OPTIONS)
+    cells = GATES
+    rivals = ("torch", "onnxruntime")
     backend = "cpu"
     _of_layers: ClassVar[frozenset[str]] = Party.options | {"infer", "stream", "lengths", "half", "empty", "h0"}
 
@@ -255,10 +261,6 @@ class NumPy(Party):
         "gru": (_gru_forward, _gru_backward),
     }
 
-    @classmethod
-    def refuses(cls, problem: Problem) -> str | None:
-        return super().refuses(problem) or (None if problem.cell in cls.cells else f"no cell {problem.cell}")
-
     def step(self) -> Arrays:
         problem, (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, dy, dhn, dcn) = self.problem, self.inputs[:11]
         assert w_hh is not None
@@ -321,28 +323,37 @@ class Torch(Party):
 
     name = "torch"
     packages = ("torch",)
-    options = Party.options | {"infer", "stream", "half", "h0", "project", "batch"}
+    options = Party.options | {"infer", "stream", "half", "h0", "project", "batch", "packed"}
+    cells: ClassVar[Layers] = TORCH
+    module: ClassVar[str] = "torch.nn"
 
     def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
         super().__init__(problem, inputs, threads)
         self.torch = torch = importlib.import_module("torch")
         self.x, self.dy = torch.from_numpy(inputs.x), torch.from_numpy(inputs.dy)
         self.x.requires_grad_("dx" in gradients_of(problem) and problem.trains)
-        self.layer = self._layer(torch)
+        self.layer = self._layer()
         for name, parameter in self.layer.named_parameters():
             parameter.data = torch.from_numpy(getattr(inputs, ours(name)).copy())
         given = [torch.from_numpy(a.copy())[None] for a in (inputs.h0, inputs.c0) if a is not None]
         self.given = [a.requires_grad_(problem.trains) for a in given]
         self.dstate = [torch.from_numpy(a)[None] for a in (inputs.dhn, inputs.dcn) if a is not None]
         self.lengths = None if inputs.lengths is None else torch.from_numpy(inputs.lengths)
+        self.batch_sizes = None if inputs.batch_sizes is None else torch.from_numpy(inputs.batch_sizes)
         self.mode = nullcontext if problem.trains else torch.inference_mode
+        self.words: dict[str, Any] = {}  # what else a call of the layer is given
 
-    def _layer(self, torch: Any) -> Any:
-        kind, extra = TORCH[self.problem.cell]
-        extra = {**extra, "bias": self.inputs.b_ih is not None, "batch_first": "batch" in self.problem.options}
+    def _layer(self) -> Any:
+        kind, extra = self.cells[self.problem.cell]
+        bias = self.inputs.b_ih is not None or CELLS[self.problem.cell]["normed"]
+        extra = {**extra, "bias": bias, "batch_first": "batch" in self.problem.options}
         if self.problem.R != self.problem.H:
             extra["proj_size"] = self.problem.R
-        return getattr(torch.nn, kind)(self.problem.I, self.problem.H, dtype=self.x.dtype, **extra)
+        return self._make(kind, **extra)
+
+    def _make(self, kind: str, **options: Any) -> Any:
+        make = getattr(importlib.import_module(self.module), kind)
+        return make(self.problem.I, self.problem.H, dtype=self.x.dtype, **options)
 
     def step(self) -> Any:
         with self.mode():
@@ -366,13 +377,20 @@ class Torch(Party):
             yield y
 
     def forward(self) -> Any:
-        state = None if not self.given else tuple(self.given) if len(self.given) > 1 else self.given[0]
+        state, rnn = self._state(), self.torch.nn.utils.rnn
+        if self.batch_sizes is not None:
+            y, state = self.layer(rnn.PackedSequence(self.x, self.batch_sizes), state, **self.words)
+            return y.data, state
         if self.lengths is None:
-            return self.layer(self.x, state)
-        rnn = self.torch.nn.utils.rnn
-        packed = rnn.pack_padded_sequence(self.x, self.lengths, enforce_sorted=False)
+            return self.layer(self.x, state, **self.words)
+        batch_first = self.layer.batch_first
+        packed = rnn.pack_padded_sequence(self.x, self.lengths, batch_first, enforce_sorted=False)
         y, state = self.layer(packed, state)
-        return rnn.pad_packed_sequence(y, total_length=self.problem.T)[0], state
+        return rnn.pad_packed_sequence(y, batch_first, total_length=self.problem.T)[0], state
+
+    def _state(self) -> Any:
+        """The initial state as a layer takes it: None, h, or (h, c)."""
+        return None if not self.given else tuple(self.given) if len(self.given) > 1 else self.given[0]
 
     def results(self) -> Arrays:
         if "stream" in self.problem.options:
@@ -401,7 +419,7 @@ class TorchGeneric(Torch):
     """torch.nn without oneDNN: the path it takes for every layer but a float32 LSTM of equal lengths."""
 
     name = "torch-generic"
-    options = Torch.options - {"half"}
+    options = Torch.options - {"half", "packed"}
 
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
@@ -429,16 +447,55 @@ class TorchCell(Torch):
     def refuses(cls, problem: Problem) -> str | None:
         return super().refuses(problem) or (None if "stream" in problem.options else "only streams")
 
-    def _layer(self, torch: Any) -> Any:
-        kind, extra = TORCH[self.problem.cell]
-        bias = self.inputs.b_ih is not None
-        return getattr(torch.nn, kind + "Cell")(self.problem.I, self.problem.H, bias=bias, dtype=self.x.dtype, **extra)
+    def _layer(self) -> Any:
+        kind, extra = self.cells[self.problem.cell]
+        return self._make(kind + "Cell", bias=self.inputs.b_ih is not None, **extra)
 
     def steps(self) -> Iterator[Any]:
         state = None
         for t in range(self.problem.T):
             state = self.layer(self.x[t], state)
             yield (state[0] if isinstance(state, tuple) else state)[None]
+
+
+class OursInTorch(Torch):
+    """gatewise.torch's layer where torch.nn's was: a tensor of lengths where torch packs, and what torch lacks."""
+
+    name = "gatewise.torch"
+    rivals = ("torch",)
+    options = Torch.options | {"lengths", "empty", "reset", "reset0", "clip", "states", "checkpoints"}
+    module = "gatewise.torch"
+    cells = TORCH | {
+        "lstm_peephole": ("LSTM", {"peephole": True}),
+        "lstm_coupled": ("LSTM", {"coupled": True}),
+        "lstm_norm": ("LSTM", {"layer_norm": True}),
+        "gru_reset_before": ("GRU", {"reset_after": False}),
+        "gru_norm": ("GRU", {"layer_norm": True}),
+        "indrnn_relu": ("IndRNN", {"nonlinearity": "relu"}),
+        "indrnn_tanh": ("IndRNN", {"nonlinearity": "tanh"}),
+    }
+
+    def __init__(self, problem: Problem, inputs: Inputs, threads: int) -> None:
+        self.given_options: dict[str, Any] = {**options_of(problem, inputs)}
+        super().__init__(problem, inputs, threads)
+        if inputs.reset is not None:
+            self.words["reset"] = self.torch.from_numpy(inputs.reset)
+            self.words |= {"reset_to": "zero"} if "reset0" in problem.options else {}
+        if self.lengths is not None:
+            self.words["lengths"], self.lengths = self.lengths, None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if reason := super().missing():
+            return reason
+        return None if importlib.util.find_spec(cls.module) else f"this gatewise has no {cls.module}"
+
+    def _make(self, kind: str, **options: Any) -> Any:
+        own = {name: self.given_options[name] for name in ("cell_clip", "save") if name in self.given_options}
+        return super()._make(kind, **options, **own)
+
+
+OURS: dict[str, type[Party]] = {Ours.name: Ours, OursInTorch.name: OursInTorch}
 
 
 # ---- ONNX Runtime ------------------------------------------------------------------------------------------
