@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="trains with PyTorch")
 pytest.importorskip("sklearn", reason="the areas are scikit-learn's")
 
-from gatewise import sepsis  # noqa: E402
+from gatewise import sepsis, training  # noqa: E402
 from gatewise.sepsis import distributed, features, study  # noqa: E402
 
 # 87 patients train: batches of 43 are 43, which two ranks share unevenly, again, and 1, of which one rank has none.
@@ -33,6 +34,8 @@ SIZES = ["--patients", str(PATIENTS), "--hidden-size", "8", "--batch-size", str(
 FLOAT64 = [*SIZES, "--dtype", "float64"]
 # In float64 two orders of a sum of 1e4 terms differ by 1e-14; a few updates by Adam pass that on, magnified a little.
 SAME_SUMS = {"rtol": 1e-11, "atol": 1e-13}
+CLIP_NORM = 0.02  # for these trainings: some of their gradients are longer, none is longer than 1
+CLIPPED = f"from gatewise.sepsis import distributed as d; d.CLIP_NORM = {CLIP_NORM}; raise SystemExit(d.main())"
 SECONDS = 120
 
 
@@ -40,11 +43,12 @@ SECONDS = 120
 
 
 @contextmanager
-def torchrun(processes: int, *argv: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+def torchrun(processes: int, *argv: str, restarts: int = 0, clipped: bool = False) -> Iterator[subprocess.Popen[str]]:
     """torchrun and its workers; when the block is left, none of them is."""
+    start = ["--no-python", sys.executable, "-c", CLIPPED] if clipped else ["-m", "gatewise.sepsis.distributed"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        "--max-restarts", str(restarts), "--monitor-interval", "0.1", "-m", "gatewise.sepsis.distributed", *argv,
+        "--max-restarts", str(restarts), "--monitor-interval", "0.1", *start, *argv,
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWISE_", "OMP_"))}
     process = subprocess.Popen(
@@ -61,9 +65,9 @@ def torchrun(processes: int, *argv: str, restarts: int = 0) -> Iterator[subproce
         process.communicate()
 
 
-def run(processes: int, *argv: str, code: int = 0) -> tuple[list[str], str]:
+def run(processes: int, *argv: str, code: int = 0, clipped: bool = False) -> tuple[list[str], str]:
     """(lines of stdout, stderr) of a training that ends with `code`."""
-    with torchrun(processes, *argv) as process:
+    with torchrun(processes, *argv, clipped=clipped) as process:
         out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code, err
     return out.splitlines(), err
@@ -120,7 +124,8 @@ def assert_same_sums(state: dict[str, Any], other: dict[str, Any]) -> None:
     assert len(mine) == 6 * 5, "six tensors: weights, best weights, Adam's two means and its steps"
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], **SAME_SUMS, msg=lambda m, name=name: f"{name}: {m}")
-    for entry, expected in zip(history(state), history(other), strict=True):
+    assert len(history(state)) == len(history(other))
+    for entry, expected in zip(history(state), history(other)):
         assert entry == pytest.approx(expected, rel=1e-11)
 
 
@@ -140,7 +145,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Checkpoints of one process, after the first epoch of two and after both, trained in one go."""
     folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "CLIP_NORM", CLIP_NORM)
         alone(*FLOAT64, "--epochs", "2", "--checkpoint", f"{folder}/both.pt")
         alone(*FLOAT64, "--epochs", "1", "--checkpoint", f"{folder}/first.pt")
     torch.set_num_threads(threads)
@@ -150,10 +156,84 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # ---- the same sums -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_process")
+def test_one_process_trains_as_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patient by patient, by torch.nn: the mean loss over a batch's hours, its gradient clipped, a step of Adam."""
+    rate, epochs = 0.1, 4
+    monkeypatch.setattr(distributed, "CLIP_NORM", CLIP_NORM)
+    alone(*FLOAT64, "--learning-rate", str(rate), "--epochs", str(epochs), "--checkpoint", f"{tmp_path}/loop.pt")
+    state = read(tmp_path / "loop.pt")
+
+    records = sepsis.simulate(PATIENTS, 0)
+    train, validation, _ = study.parts(records)
+    built = features.build(records, train)
+    torch.manual_seed(0)
+    options = {"dtype": torch.float64}
+    lstm, head = torch.nn.LSTM(len(built.names), 8, **options), torch.nn.Linear(8, 1, **options)
+    model = torch.nn.ModuleDict({"recurrent": lstm, "head": head})
+    positive = records.label[records.rows_of(train)].mean()
+    torch.nn.init.constant_(head.bias, np.log(positive / (1 - positive)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+
+    def losses(part: Any, index: Any) -> Any:
+        """Of every hour of some patients of a part."""
+        x, label = built.sequences(part), features.split_rows(records.label, built.offset, part)
+        z = torch.cat([head(lstm(torch.from_numpy(x[i]).double())[0])[:, 0] for i in index])
+        y = torch.from_numpy(np.concatenate([label[i] for i in index])).double()
+        return torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+
+    norms: list[float] = []
+    after: list[dict[str, Any]] = []
+    expected: list[dict[str, float]] = []
+    for epoch in range(1, epochs + 1):
+        random, total = np.random.default_rng((0, epoch)), 0.0
+        for index in training.batches(records.length[train], BATCH_SIZE, random):
+            loss = losses(train, index)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
+            optimizer.step()
+            total += float(loss.detach().sum())
+        with torch.no_grad():
+            val_loss = float(losses(validation, range(validation.sum())).mean())
+        expected.append({"train_loss": total / records.length[train].sum(), "val_loss": val_loss})
+        after.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert min(norms) < CLIP_NORM < max(norms), "some gradients are clipped"
+    best = int(np.argmin([entry["val_loss"] for entry in expected]))
+    assert best < epochs - 1, "the last weights are not the best"
+    assert len(history(state)) == epochs
+    for entry, wanted in zip(history(state), expected):
+        assert {name: entry[name] for name in wanted} == pytest.approx(wanted, rel=1e-9)
+    for name in after[-1]:
+        torch.testing.assert_close(state["model"][name], after[-1][name], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(state["progress"]["best"][name], after[best][name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_batches_are_the_same_on_all_ranks_and_masks_each_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, list[int]]] = []
+
+    def step(_: Any, index: Any) -> float:
+        steps.append((torch.initial_seed(), index.tolist()))
+        return 0.0
+
+    monkeypatch.setattr(distributed.Training, "_step", step)
+    for rank, seed in ((0, "0"), (1, "0"), (0, "1")):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed.dist, "get_rank", lambda rank=rank: rank)
+            alone(*SIZES, "--epochs", "2", "--seed", seed)
+    assert len({seed for seed, _ in steps}) == len(steps) == 3 * 2 * 3, "a seed of masks for each run, epoch and batch"
+    epochs = [[index for _, index in steps[i : i + 3]] for i in range(0, len(steps), 3)]
+    assert epochs[2:4] == epochs[:2], "the same on both ranks"
+    assert epochs[0] != epochs[1] and epochs[0] != epochs[4], "others in the next epoch and of another seed"
+    for epoch in epochs:
+        assert sorted(i for index in epoch for i in index) == list(range(87)), "every patient once"
+
+
 def test_two_processes_train_as_one_with_the_same_global_batch(one_process: tuple[Path, Path], tmp_path: Path) -> None:
     train = study.parts(sepsis.simulate(PATIENTS, 0))[0]
     assert train.sum() % BATCH_SIZE == 1, "a rank has no patient of the last batch"
-    out, _ = run(2, *FLOAT64, "--epochs", "2", "--checkpoint", f"{tmp_path}/two.pt")
+    out, _ = run(2, *FLOAT64, "--epochs", "2", "--checkpoint", f"{tmp_path}/two.pt", clipped=True)
     assert "processes: 2" in out[1]
     state = read(tmp_path / "two.pt")
     assert_same_sums(state, read(one_process[1]))
@@ -177,7 +257,7 @@ def test_shards_train_as_whole_weights_and_go_on_from_a_checkpoint_of_such(
     first, both = one_process
     path = tmp_path / "sharded.pt"
     shutil.copy(first, path)
-    out, _ = run(2, *FLOAT64, "--epochs", "2", "--checkpoint", str(path), "--shard")
+    out, _ = run(2, *FLOAT64, "--epochs", "2", "--checkpoint", str(path), "--shard", clipped=True)
     assert "sharded" in out[1] and out[2].startswith("resumed from") and out[3].startswith("epoch 2")
     assert_same_sums(read(path), read(both))
 
@@ -250,6 +330,29 @@ def test_a_checkpoint_within_an_epoch_is_all_there_is_to_know(tmp_path: Path, mo
         assert history(state) == history(whole), path
         for name, value in tensors(whole).items():
             assert torch.equal(tensors(state)[name], value), (path, name)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(
+    one_process: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "full.pt"
+    shutil.copy(one_process[0], path)
+    write = distributed.write_whole
+
+    def write_half(path: str, content: bytes) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+        try:
+            write(path, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(distributed, "write_whole", write_half)
+    assert distributed.main([*FLOAT64, "--epochs", "2", "--checkpoint", str(path)]) == 2
+    assert "File too large" in capsys.readouterr().err
+    assert path.read_bytes() == one_process[0].read_bytes()
+    assert os.listdir(tmp_path) == ["full.pt"], "nor is a part of the new one left"
 
 
 @pytest.mark.usefixtures("in_process")
@@ -332,14 +435,19 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     ],
 )
 def test_cores_are_divided_among_the_processes_of_a_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: int, environment: dict[str, str], threads: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cores: int,
+    environment: dict[str, str],
+    threads: int,
 ) -> None:
     for name in ("GATEWISE_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "available_cores", lambda: cores)
-    assert distributed.divide_threads() == threads
+    alone(*SIZES, "--epochs", "1")
+    assert f"threads of each: {threads}\n" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
 

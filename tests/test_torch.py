@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils.checkpoint import checkpoint
 
 import gatewise as gw
+from gatewise import layers
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
@@ -379,6 +381,148 @@ def test_regularisers_act_in_training_and_only_there(batch_first):
     dropped = varied._dropped(ones, 0.5, batch_first, None)
     time = 1 if batch_first else 0
     assert (dropped == dropped.narrow(time, 0, 1)).all() and 0 < (dropped == 0).float().mean() < 1
+
+
+VARIANTS = {
+    "LSTM": ({}, {"peephole": True}, {"coupled": True}, {"layer_norm": True}),
+    "GRU": ({}, {"reset_after": False}, {"layer_norm": True}),
+    "RNN": ({"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
+    "IndRNN": ({"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
+}
+PROBABILITIES = st.sampled_from([0.0, 0.4])
+
+
+@st.composite
+def layers_with_options(draw):
+    """A layer's name, its options, and H."""
+    name, H = draw(st.sampled_from([*VARIANTS])), draw(st.integers(2, 9))
+    variant = draw(st.sampled_from(VARIANTS[name]))
+    normed = "layer_norm" in variant
+    options = {
+        **variant,
+        "num_layers": draw(st.integers(1, 3)),
+        "bias": normed or draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "bidirectional": draw(st.booleans()),
+        "input_dropout": draw(PROBABILITIES),
+        "variational": draw(st.booleans()),
+        "zoneout": draw(PROBABILITIES),
+        "save": draw(st.sampled_from(["all", "states", "checkpoints"])),
+    }
+    if options["num_layers"] > 1:
+        options["dropout"] = draw(PROBABILITIES)
+    if name != "IndRNN":
+        options.update(recurrent_dropout=draw(PROBABILITIES), weight_dropout=draw(PROBABILITIES))
+    if name == "LSTM":
+        options.update(cell_clip=draw(st.sampled_from([None, 0.2])), zoneout=(draw(PROBABILITIES), draw(PROBABILITIES)))
+        if not normed and draw(st.booleans()):
+            options["proj_size"] = draw(st.integers(1, H - 1))
+    return name, options, H
+
+
+@contextmanager
+def drawing_as(layer, seed, batch_sizes):
+    """torch's dropout and seeds of zoneout are those of a pass of a NumPy layer with this seed."""
+    D = layer.directions
+    draws = [
+        (k, use)
+        for k in range(layer.num_layers * D)
+        for use, is_on in (
+            (layers._INPUT, k % D == 0 and (layer.dropout if k else layer.input_dropout)),
+            (layers._WEIGHT, layer.weight_dropout),
+            (layers._STATE, layer.recurrent_dropout),
+            (layers._ZONEOUT, any(layer.zoneout)),
+        )
+        if is_on
+    ]
+
+    def dropped(x, p):
+        k, use = draws.pop(0)
+        sizes = batch_sizes if use == layers._INPUT and not layer.variational else None
+        is_one_step = x.dim() == 2 and sizes is None
+        ones, by_batch = np.ones((1, *x.shape) if is_one_step else x.shape), layer.batch_first and x.dim() == 3
+        mask = layers.drop(ones, p, layers._seed_of(seed, k, use), False, by_batch, sizes)
+        return x * torch.from_numpy(mask.reshape(x.shape))
+
+    def seeded(*_, **__):
+        k, use = draws.pop(0)
+        assert use == layers._ZONEOUT
+        return torch.from_numpy(np.array(layers._seed_of(seed, k, use), np.uint64).view(np.int64))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gw.torch, "dropout", dropped)
+        patch.setattr(torch, "randint", seeded)
+        yield
+    assert not draws
+
+
+@given(
+    layers_with_options(),
+    st.sampled_from(["padded", "lengths", "packed"]),
+    st.sampled_from([None, "initial", "zero"]),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=400, deadline=None)
+def test_options_do_what_they_do_in_numpy_layers(layer, form, reset_to, with_state, seed):
+    """In training, from the same masks: outputs, final states and all gradients are the NumPy layer's, to the bit."""
+    name, options, H = layer
+    random = np.random.default_rng(seed)
+    T, N, I = random.integers(1, 7, 3)
+    ours = getattr(gw.torch, name)(int(I), H, **options, dtype=F64)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(torch.from_numpy(random.uniform(-1, 1, parameter.shape)))
+    numpys = getattr(gw, name)(I, H, **options, dtype=np.float64, random_state=seed)
+    numpys.load_state_dict(ours.state_dict())
+
+    x, reset, sizes = random.standard_normal((T, N, I)), random.random((T, N)) < 0.3, None
+    lengths = random.integers(form == "packed", T + 1, N)
+    if form == "packed":
+        valid = np.arange(T)[:, None] < np.sort(lengths)[::-1]
+        x, reset, sizes = x[valid], reset[valid], valid[: lengths.max()].sum(1)
+    elif options["batch_first"]:
+        x, reset = np.ascontiguousarray(x.swapaxes(0, 1)), np.ascontiguousarray(reset.T)
+    how = {"lengths": lengths} if form == "lengths" else {}
+    if reset_to:
+        how.update(reset=reset, reset_to=reset_to)
+    count, R = options["num_layers"] * numpys.directions, options.get("proj_size", H)
+    state = [random.standard_normal((count, N, size)) for size in ([R, H] if name == "LSTM" else [R])]
+
+    def form_of(state):
+        return tuple(state) if len(state) > 1 else state[0]
+
+    y, final, tape = numpys.forward(x, form_of(state) if with_state else None, **how, batch_sizes=sizes)
+    final = final if name == "LSTM" else [final]
+    incoming = [random.standard_normal(out.shape) for out in (y, *final)]
+    backward = numpys.backward(tape, incoming[0], form_of(incoming[1:]))
+    initial = backward["state"] if name == "LSTM" else [backward["state"]]
+    expected = [y, *final, backward["x"], *initial, *(backward[name] for name in ours.state_dict())]
+
+    xt, *hx = (torch.from_numpy(a).requires_grad_() for a in (x, *state))
+    how = {key: torch.from_numpy(value) if key != "reset_to" else value for key, value in how.items()}
+    given_ = xt if sizes is None else PackedSequence(xt, torch.from_numpy(sizes))
+    with drawing_as(numpys, tape.seed, sizes):
+        out = flat(ours(given_, form_of(hx) if with_state else None, **how))
+    inputs = [xt, *hx, *ours.parameters()]
+    got = torch.autograd.grad(out, inputs, list(map(torch.from_numpy, incoming)), allow_unused=True)
+    assert len(out) + len(got) == len(expected)
+    for a, b in zip([*out, *got], expected):
+        assert (a is None and not with_state) or np.array_equal(a.detach().numpy(), b)
+
+
+@pytest.mark.parametrize("save", ["states", "checkpoints"])
+def test_save_keeps_as_little_as_in_numpy_layers(save):
+    options = {"num_layers": 2, "bidirectional": True}
+    x = torch.randn(40, 2, 3)
+    kept = {}
+    for how in ("all", save):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            gw.torch.LSTM(3, 4, **options, save=how)(x)
+        kept[how] = sum(sizes), gw.LSTM(3, 4, **options, save=how).forward(x.numpy())[2].nbytes
+    (all_, numpys_all), (less, numpys_less) = kept["all"], kept[save]
+    assert all_ - less == numpys_all - numpys_less > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
