@@ -389,26 +389,6 @@ def test_all_processes_end_when_a_checkpoint_is_refused(one_process: tuple[Path,
 
 
 @pytest.mark.usefixtures("in_process")
-def test_every_batch_of_every_rank_has_dropout_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, lengths = np.random.default_rng(0), np.array([4, 2, 5, 3])
-    x = [rng.standard_normal((length, 3)).astype(np.float32) for length in lengths]
-    patients = distributed.Patients(x, lengths, (np.arange(lengths.sum()) % 2).astype(np.int8), torch.float32)
-    seeds: list[int] = []
-    seed_all = torch.manual_seed
-    with distributed.process_group():
-        training = distributed.Training(
-            distributed.Settings("rnn", 4, 0.5, "float32", 2, 1e-3, 0, ""), patients, patients, sharded=False
-        )
-        monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or seed_all(seed))
-        for rank in (0, 1):
-            monkeypatch.setattr(distributed.dist, "get_rank", lambda rank=rank: rank)
-            training.progress = distributed.Progress()
-            for _ in range(2):
-                training.run_epoch(lambda: None, every=1)
-    assert len(seeds) == len(set(seeds)) == 2 * 2 * 2  # ranks, epochs, batches
-
-
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])
 def test_a_file_that_is_no_checkpoint_is_refused(
     one_process: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | str
