@@ -1,6 +1,7 @@
 """Writes the page of the results, tables and pictures, from the rows that were measured: `python benchmarks/report.py`.
 
-Nothing on the page is typed: every number comes from speed.csv, and the page can be written again without measuring.
+Nothing on the page is typed: every number comes from speed.csv and torch_layers.csv, and the page can be written again
+without measuring.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def opponents(config: pytest.Config, name: str, problem: bench.Problem, threads:
 def test_speed(benchmark, pytestconfig, speed, table, record_property, name, problem, threads) -> None:
     peers, party = opponents(pytestconfig, name, problem, threads), pytestconfig.getoption("--party")
     measurement = bench.Measurement(problem, peers, threads, pytestconfig.getoption("--window"), party)
-    others = [party for party in measurement.parties if party != "ours"]
+    others = [other for other in measurement.parties if other != "ours"]
     rounds: list[dict[str, float]] = []
 
     def between() -> None:

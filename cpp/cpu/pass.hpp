@@ -43,10 +43,10 @@ template <class Cell, class T> struct CellFacts {
   static int h_slot(int gate) { return Cell::split || Cell::normed ? h_block + gate : gate; }
 };
 
-// Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward wants
-// longer ones, for the weights' gradients are summed over them; more rows than these were no faster, and cost memory.
+// Rows of a chunk: enough to pay for reading the packed weights again, few enough to stay in cache. Backward has the
+// same number whatever a row takes, for the weights' gradients are summed over them: more were no faster, only larger.
 struct ChunkSize { Index bytes, least_rows, most_rows; };
-constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{1 << 19, 256, 256};
+constexpr ChunkSize kForwardChunk{1 << 18, 96, 1024}, kBackwardChunk{0, 256, 256};
 
 constexpr Index kCacheBytes = 1 << 20;  // a core's own: 1 to 2 MB on servers
 
