@@ -226,7 +226,7 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
     const py::object states = tape.states ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
     forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks,
-               kept && PackedWeights::pays(p) ? kept : nullptr, promise);
+               kept && PackedWeights::pays(p, promise) ? kept : nullptr, promise);
     return py::make_tuple(py::cast(std::move(problem)), y, hn, cn, saved, states);
   };
   return p.typed(run);
@@ -507,7 +507,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         check_threads(threads);
         const LentScratch lent(scratch, p.sizes.forward_scratch);
         PackedWeights* const kept =
-            packed.is_none() || !PackedWeights::pays(p) ? nullptr : packed.cast<PackedWeights*>();
+            packed.is_none() || !PackedWeights::pays(p, 0) ? nullptr : packed.cast<PackedWeights*>();
         p.typed([&](auto zero) {
           forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data(), threads, ticks, kept, 0);
         });

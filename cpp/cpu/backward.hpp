@@ -433,7 +433,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         const Index p = q * per_group + v / Gates;
         b[v] = gates.row(p, 0) + gates.slot(p, side.block) + v % Gates * W;
       }
-      T* sums = side.sums + q * per_group * Gates * W * side.columns;
+      T* sums = side.sums + Panels<Gates>::place(q, W, side.columns);
       for (Index column = 0; column < side.columns; column += kRows) {
         const Index height = least(kRows, side.columns - column);
         const T* a = side.operand + column * this->chunk_capacity;
@@ -472,7 +472,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       constexpr int Gates = std::remove_reference_t<decltype(side)>::Gates;
       const Range groups = share(side.groups(), id, parts);
       for (Index q = groups.begin; q < groups.end; ++q)
-        unpack_add<T, Gates>(side.sums, side.units, side.columns, side.gate, q, side.d_weights);
+        unpack_add<T, Gates>(side.sums + Panels<Gates>::place(q, W, side.columns), side.units, side.columns, side.gate,
+                             q, side.d_weights);
     });
     const Range panels = share(P, id, parts);
     for (Index p = panels.begin; p < panels.end; ++p) {

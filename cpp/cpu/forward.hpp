@@ -46,18 +46,28 @@ template <class Cell, class T> struct PackedWeights {
     column_means(w.w_ih, G * d.H, d.I, mean_ih);
     column_means(w.w_hh, G * d.H, d.R, mean_hh);
   }
-  void fill(const Weights<T>& w, int id, int parts) {
-    const Range groups = share(ceil_div(P, Facts::group), id, parts);
-    for (Index q = groups.begin; q < groups.end; ++q) pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, q, w_ih, mean_ih);
-    if constexpr (Cell::has_product) {
-      const Range of_h = share(ceil_div(P, Panels<product_gates>::per_group), id, parts);
-      for (Index q = of_h.begin; q < of_h.end; ++q)
-        pack<T, product_gates>(w.w_hh, d.H, d.R, Facts::h_gate, q, w_hh, mean_hh);
-    }
+  // Where a group lies
+  T* ih(Index group) const { return w_ih + Panels<G>::place(group, W, d.I); }
+  T* hh(Index group) const { return w_hh + Panels<product_gates>::place(group, W, d.R); }
+  T* stage(Index group) const { return w_stage + Panels<1>::place(group, W, d.H); }
+  // One group, to the place of any
+  void pack_ih(const Weights<T>& w, Index group, Index place) const {
+    pack<T, G>(w.w_ih, d.H, d.I, Facts::h_gate, group, ih(place), mean_ih);
+  }
+  void pack_hh(const Weights<T>& w, Index group, Index place) const {
+    if constexpr (Cell::has_product) pack<T, product_gates>(w.w_hh, d.H, d.R, Facts::h_gate, group, hh(place), mean_hh);
+  }
+
+  // This thread's part of everything; of the two large matrices only if they are wanted
+  void fill(const Weights<T>& w, int id, int parts, bool matrices = true) {
+    const Range groups = share(matrices ? ceil_div(P, Facts::group) : 0, id, parts);
+    for (Index q = groups.begin; q < groups.end; ++q) pack_ih(w, q, q);
+    const Range of_h = share(matrices ? ceil_div(P, Panels<product_gates>::per_group) : 0, id, parts);
+    for (Index q = of_h.begin; q < of_h.end; ++q) pack_hh(w, q, q);
     if constexpr (Cell::middle == Middle::product || Facts::may_project) {
       const T* from = Facts::may_project ? w.w_hr : w.w_hh + (G - 1) * d.H * d.R;
-      const Range stage = share(ceil_div(ceil_div(stage_units, W), Panels<1>::per_group), id, parts);
-      for (Index q = stage.begin; q < stage.end; ++q) pack<T, 1>(from, stage_units, d.H, Facts::h_gate, q, w_stage);
+      const Range own = share(ceil_div(ceil_div(stage_units, W), Panels<1>::per_group), id, parts);
+      for (Index q = own.begin; q < own.end; ++q) pack<T, 1>(from, stage_units, d.H, Facts::h_gate, q, stage(q));
     }
     const Range panels = share(P, id, parts);
     for (Index p = panels.begin; p < panels.end; ++p) {
@@ -105,6 +115,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   SavedRows<T> saved;
   CellStates<T> states;
   bool writes_states = true;
+  bool unpacked = false;  // reads the large matrices as they are
+  Index place = -1;       // or of the group in use, where each is packed when its turn comes
 
   ForwardPass(const Forward<T>& call, Arena& arena) : ForwardPass(call, arena, Arena(const_cast<void*>(call.packed))) {}
   ForwardPass(const Forward<T>& call, Arena& arena, Arena packed)
@@ -155,14 +167,27 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     return rows * (weights.P * S * W + kScales + (weights.stage_units ? weights.d.H : 0));
   }
 
+  // A tile's rows times a group of one of the two large matrices as it is, [G * H, K]. Apart from the loops that call
+  // it seldom, so that it costs them no registers.
+  template <int Gates> __attribute__((noinline)) void multiply_by_unpacked(const T* const* operand, Index height,
+                                                                           Index K, const T* w, Index group,
+                                                                           Tile<T>& tile) const {
+    const Index registers = Panels<Gates>::registers(group, d.H, W);
+    for_each_register<T, Gates>(d.H, Facts::h_gate, group, [&](Index v, const Index* rows, Index lanes) {
+      kMultiplyUnpacked<T>[height - 1](operand, K, w, rows, lanes, tile.numbers + v* W, registers* W);
+    });
+  }
+  Index place_of(Index group) const { return place < 0 ? group : place; }
+  Index most_rows(Index registers) const { return unpacked ? kUnpackedRows<T> : rows_per_tile(int(registers)); }
+
   // gx of packed rows [begin, end), in a chunk that starts at row `chunk`, for the given groups of panels
   void project(Index chunk, Range packed, Range groups) {
     if (Cell::normed) zero(x_sums + (packed.begin - chunk) * W, packed.size() * W);
     for (Index q = groups.begin; q < groups.end; ++q) {
       const Index panels = this->group_panels(q), registers = this->group_registers(q);
       const Segments row_of_x = one_segment(d.I);
-      const T* w_ih = weights.w_ih + q * Facts::group * G * W * d.I;
-      for_each_tile(packed.size(), rows_per_tile(registers), [&](Index first, Index height) {
+      const T* w_ih = weights.ih(place_of(q));
+      for_each_tile(packed.size(), most_rows(registers), [&](Index first, Index height) {
         const Index row = packed.begin + first;
         const T* x[kMaxRows] = {};
         for (Index r = 0; r < height; ++r) x[r] = problem.sequence.x + rows.x_at[row + r];
@@ -170,7 +195,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         this->meter.start();
         if (Cell::normed && keeps_gates())
           for (Index r = 0; r < height; ++r) prefetch(gx_at(q * Facts::group, row + r, chunk), G * W);
-        kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
+        if (__builtin_expect(unpacked, 0)) multiply_by_unpacked<G>(x, height, d.I, problem.weights.w_ih, q, tile);
+        else kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
         this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b) {
@@ -227,8 +253,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       const Index panels = Panels<product_gates>::in_group(q, P);
       const Index registers = Panels<product_gates>::registers(q, d.H, W);
       const Segments row_of_h = one_segment(d.R);
-      const T* w_hh = weights.w_hh + q * per_group * product_gates * W * d.R;
-      for_each_tile(positions.size(), rows_per_tile(registers), [&](Index first, Index height) {
+      const T* w_hh = weights.hh(place_of(q));
+      for_each_tile(positions.size(), most_rows(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
         const T *h[kMaxRows] = {}, *others[kMaxRows], *const *operand = h;
         bool any = Cell::has_product;
@@ -247,8 +273,10 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (keeps_gates())
           for (Index b = 0, row = saved_row(s, i); b < panels; ++b)
             prefetch(saved_at(q * per_group + b, row), height * S * W);
-        if (any) kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
-        else zero(tile.numbers, height * registers * W);
+        if (!any) zero(tile.numbers, height * registers * W);
+        else if (__builtin_expect(unpacked, 0))
+          multiply_by_unpacked<product_gates>(operand, height, d.R, problem.weights.w_hh, q, tile);
+        else kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < panels; ++b) {
           const Index p = q * per_group + b;
@@ -320,7 +348,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) operand[r] = middle_at(s, i + r);
         Tile<T> tile;
         this->meter.start();
-        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.w_stage + q* per_group* W* d.H, tile);
+        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.stage(q), tile);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < registers; ++b)
           finish_output(s, chunk, i, height, q * per_group + b, tile.numbers + b * W, registers * W);
@@ -329,14 +357,16 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     }
   }
 
-  // A chunk of one step goes through all the weights just once. Where they fill more than the cache, it takes both
-  // matrices side by side, so that a call that walks them the other way begins with what the last one left there:
-  // LSTM, I = H = 512, N = 1: 75 -> 47 µs a call.
+  // A chunk of one step goes through all the weights just once. It takes both matrices side by side, so that where they
+  // fill more than the cache, a call that walks them the other way begins with what the last one left there: LSTM,
+  // I = H = 512, N = 1: 75 -> 47 µs a call.
   void only_step(Index s, Range positions, Range groups) {
     const Index chunk = rows.offset[s];
     for (Index turn = groups.begin; turn < groups.end; ++turn) {
       const Index q = there_and_back<Cell>(call.from_the_last, turn, groups);
+      if (place >= 0) weights.pack_ih(problem.weights, q, place);
       project(chunk, {chunk + positions.begin, chunk + positions.end}, {q, q + 1});
+      if (place >= 0) weights.pack_hh(problem.weights, q, place);
       step(s, chunk, positions, {q, q + 1});
     }
   }
@@ -472,15 +502,20 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     const Range own = by_panels ? Range{0, d.N} : own_positions(problem, rows, id, team.size);
     const Range own_groups = by_panels ? share(this->groups, id, team.size) : Range{0, this->groups};
 
-    if (!call.packed) weights.fill(problem.weights, id, team.size);
+    const bool stages = Facts::staged || Cell::normed || projects || masked;
+    // What is read once need not be packed: a few rows take it as it is, and for more each group is packed when its
+    // turn comes, from where the product takes it while it is in cache.
+    const bool once = !call.packed && !again && d.T == 1 && !stages && how.sharing != Sharing::rows;
+    unpacked = once && d.N <= kUnpackedRows<T>;
+    if (once && !unpacked) place = own_groups.begin;
+    if (!call.packed) weights.fill(problem.weights, id, team.size, !once);
     zero_padding(problem, call.y, d.R, sequences);
     if (Cell::has_c) this->gather(problem.sequence.c0, d.H, states.numbers, states.stride, sequences);
     team.barrier();
     for (Index s = 0, end; s < d.T && rows.live(s) > 0; s = end) {
       const Index chunk = rows.offset[s];
       for (end = s + 1; end < d.T && rows.live(end) > 0 && rows.offset[end] - chunk < this->chunk_target;) ++end;
-      const bool stages = Facts::staged || Cell::normed || projects || masked;
-      if (end == s + 1 && !stages && weights.bytes() > kCacheBytes)
+      if (once || (end == s + 1 && !stages && weights.bytes() > kCacheBytes))
         only_step(s, {own.begin, least(own.end, rows.live(s))}, own_groups);
       else run_chunk(team, id, s, end, own, own_groups);
       team.barrier();

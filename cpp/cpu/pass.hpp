@@ -14,11 +14,6 @@ template <class T> GATEWISE_FN void prefetch(const T* lines, Index n) {
   for (Index i = 0; i < n; i += 64 / Index(sizeof(T))) __builtin_prefetch(lines + i, 1);
 }
 template <class T> void zero(T* to, Index n) { std::memset(to, 0, std::size_t(n) * sizeof(T)); }
-// f(lanes): a constant where the register is full, for which no lane is masked
-template <class T, class F> GATEWISE_FN void with_lanes(Index lanes, F f) {
-  if (lanes >= Vec<T>::width) f(std::integral_constant<Index, Vec<T>::width>());
-  else f(lanes);
-}
 
 // Compile-time facts about a cell in this build.
 template <class Cell, class T> struct CellFacts {

@@ -31,7 +31,7 @@ struct Range {
   Index size() const { return end - begin; }
 };
 inline Range share(Index n, int id, int parts) { return {n * id / parts, n * (id + 1) / parts}; }
-inline Index least(Index a, Index b) { return a < b ? a : b; }
+constexpr Index least(Index a, Index b) { return a < b ? a : b; }
 inline Index between(Index low, Index x, Index high) { return x < low ? low : least(x, high); }
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 

@@ -123,56 +123,107 @@ template <class F> GATEWISE_FN void for_each_tile(Index n, Index most, F f) {
 template <int Gates> struct Panels {
   static constexpr int per_group = Gates >= 3 ? 1 : Gates == 2 ? 2 : GATEWISE_VECTOR_REGISTERS == 32 ? 4 : 2;
   static Index in_group(Index group, Index panels) { return least(panels - group * per_group, per_group); }
+  // Numbers before a group, of packed rows of K
+  static Index place(Index group, Index W, Index K) { return group * per_group * Gates * W * K; }
   static Index registers(Index group, Index H, Index W) {
     const Index before = (in_group(group, ceil_div(H, W)) - 1), units = H - (group * per_group + before) * W;
     return before * Gates + ceil_div(Gates * least(W, units), W);
   }
 };
 
-// The registers of one group of panels: f(its place in the group, the row of w in each lane, -1 where there is none)
+// The registers of one group of panels: f(its place in the group, rows, lanes): the row of w in each of its first
+// lanes. Only a group's last register may have fewer than all.
 template <class T, int Gates, class Gate, class F> void for_each_register(Index H, Gate gate, Index group, F f) {
   constexpr Index W = Vec<T>::width;
   const Index first = group * Panels<Gates>::per_group, panels = Panels<Gates>::in_group(group, ceil_div(H, W));
-  int gates[Gates];
-  for (int slot = 0; slot < Gates; ++slot) gates[slot] = gate(slot);
   for (Index b = 0; b < panels; ++b) {
     const Index unit = (first + b) * W, units = least(W, H - unit);
-    for (Index v = 0; v * W < Gates * units; ++v) {
-      Index rows[W];
-      for (Index lane = 0; lane < W; ++lane) {
-        const int slot = int((v * W + lane) / units);
-        rows[lane] = slot < Gates ? gates[slot] * H + unit + (v * W + lane) % units : -1;
+    Index rows[W], lanes = 0, v = 0;
+    for (int slot = 0; slot < Gates; ++slot)
+      for (Index row = gate(slot) * H + unit, end = row + units; row < end; ++row) {
+        rows[lanes++] = row;
+        if (lanes < W) continue;
+        f(b * Gates + v++, rows, lanes);
+        lanes = 0;
       }
-      f(b * Gates + v, rows);
-    }
+    if (lanes) f(b * Gates + v, rows, lanes);
   }
 }
 
-// packed[group][k][register][lane] = w[row in that lane][k], zero where there is none; less mean[k] and mean[K + k],
-// what the first left of it, unless that is null
+// One group, packed[k][register][lane] = w[row in that lane][k], zero where there is none; less mean[k] and mean[K +
+// k], what the first left of it, unless that is null
 template <class T, int Gates, class Gate>
 void pack(const T* w, Index H, Index K, Gate gate, Index group, T* packed, const T* mean = nullptr) {
   constexpr Index W = Vec<T>::width;
   const Index registers = Panels<Gates>::registers(group, H, W);
-  T* out = packed + group * Panels<Gates>::per_group * Gates * W * K;
-  for_each_register<T, Gates>(H, gate, group, [&](Index v, const Index* rows) {
-    for (Index k = 0; k < K; k += W) {
-      Vec<T> block[W];
-      GATEWISE_UNROLL
-      for (Index lane = 0; lane < W; ++lane)
-        block[lane] = rows[lane] >= 0 ? Vec<T>::load(w + rows[lane] * K + k, K - k) : Vec<T>(T(0));
-      if (mean) {
-        const Vec<T> most = Vec<T>::load(mean + k, K - k), rest = Vec<T>::load(mean + K + k, K - k);
-        for (Index lane = 0; lane < W; ++lane)
-          if (rows[lane] >= 0) block[lane] = (block[lane] - most) - rest;
-      }
-      transpose(block);
-      GATEWISE_UNROLL
-      for (Index i = 0; i < W; ++i)
-        if (k + i < K) block[i].store(out + ((k + i) * registers + v) * W);
-    }
+  for_each_register<T, Gates>(H, gate, group, [=](Index v, const Index* rows, Index lanes) {
+    const T* from[W];
+    GATEWISE_UNROLL
+    for (Index lane = 0; lane < W; ++lane) from[lane] = w + rows[lane < lanes ? lane : 0] * K;
+    T* out = packed + v * W;
+    for (Index k = 0; k < K; k += W, out += W * registers * W)
+      with_lanes<T>(K - k, [=](auto numbers) {
+        Vec<T> block[W];
+        GATEWISE_UNROLL
+        for (Index lane = 0; lane < W; ++lane) block[lane] = Vec<T>::load(from[lane] + k, numbers);
+        if (mean) {
+          const Vec<T> most = Vec<T>::load(mean + k, numbers), rest = Vec<T>::load(mean + K + k, numbers);
+          GATEWISE_UNROLL
+          for (Index lane = 0; lane < W; ++lane) block[lane] = (block[lane] - most) - rest;
+        }
+        if (lanes < W) {
+          GATEWISE_UNROLL
+          for (Index lane = 1; lane < W; ++lane)
+            if (lane >= lanes) block[lane] = Vec<T>(T(0));
+        }
+        transpose(block);
+        GATEWISE_UNROLL
+        for (Index i = 0; i < W; ++i)
+          if (i < numbers) block[i].store(out + i * registers * W);
+      });
   });
 }
+
+// Rows of numbers times one register of weights that are not packed, w[row in that lane][k], transposed on the way: for
+// weights that are read once, by so few rows. It reads them half as fast as memory goes; packed first, a quarter.
+template <class T> constexpr int kUnpackedRows = int(least(8, kAccumulators - Vec<T>::width));
+
+template <class T, int MR> void multiply_unpacked(const T* const* numbers, Index K, const T* w, const Index* rows,
+                                                  Index lanes, T* out, Index stride) {
+  constexpr Index W = Vec<T>::width;
+  const T *a[MR], *from[W];
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) a[r] = numbers[r];
+  GATEWISE_UNROLL
+  for (Index lane = 0; lane < W; ++lane) from[lane] = w + rows[lane < lanes ? lane : 0] * K;
+  Vec<T> acc[MR];
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) acc[r] = Vec<T>(0);
+  for (Index k = 0; k < K; k += W)
+    with_lanes<T>(K - k, [&](auto count) {
+      Vec<T> block[W];
+      GATEWISE_UNROLL
+      for (Index lane = 0; lane < W; ++lane) block[lane] = Vec<T>::load(from[lane] + k, count);
+      transpose(block);
+      GATEWISE_UNROLL
+      for (Index i = 0; i < W; ++i) {
+        if (i >= count) break;
+        GATEWISE_UNROLL
+        for (int r = 0; r < MR; ++r) acc[r] = fma(Vec<T>::broadcast(a[r] + k + i), block[i], acc[r]);
+      }
+    });
+  GATEWISE_UNROLL
+  for (int r = 0; r < MR; ++r) acc[r].store(out + r * stride);
+}
+
+// By the number of rows, kMultiplyUnpacked<T>[MR - 1]
+template <class T> using MultiplyUnpacked = void (*)(const T* const*, Index, const T*, const Index*, Index, T*, Index);
+template <class T, class Rows> struct Unpacked;
+template <class T, int... I> struct Unpacked<T, std::integer_sequence<int, I...>> {
+  static constexpr MultiplyUnpacked<T> rows[] = {multiply_unpacked<T, I + 1>...};
+};
+template <class T> constexpr const MultiplyUnpacked<T>* kMultiplyUnpacked =
+    Unpacked<T, std::make_integer_sequence<int, kUnpackedRows<T>>>::rows;
 
 // Each column's mean, in two parts: the second is the mean of what differs from the first
 template <class T> void column_means(const T* w, Index rows, Index K, T* mean) {
@@ -190,21 +241,21 @@ template <class T, int Gates, class Gate>
 void unpack_add(const T* packed, Index H, Index K, Gate gate, Index group, T* w) {
   constexpr Index W = Vec<T>::width;
   const Index registers = Panels<Gates>::registers(group, H, W);
-  const T* in = packed + group * Panels<Gates>::per_group * Gates * W * K;
-  for_each_register<T, Gates>(H, gate, group, [&](Index v, const Index* rows) {
-    for (Index k = 0; k < K; k += W) {
-      Vec<T> block[W];
-      GATEWISE_UNROLL
-      for (Index i = 0; i < W; ++i)
-        block[i] = k + i < K ? Vec<T>::load(in + ((k + i) * registers + v) * W) : Vec<T>(T(0));
-      transpose(block);
-      GATEWISE_UNROLL
-      for (Index lane = 0; lane < W; ++lane) {
-        if (rows[lane] < 0) continue;
-        T* to = w + rows[lane] * K + k;
-        (Vec<T>::load(to, K - k) + block[lane]).store(to, K - k);
-      }
-    }
+  for_each_register<T, Gates>(H, gate, group, [&](Index v, const Index* rows, Index lanes) {
+    for (Index k = 0; k < K; k += W)
+      with_lanes<T>(K - k, [&](auto numbers) {
+        Vec<T> block[W];
+        const T* in = packed + (k * registers + v) * W;
+        GATEWISE_UNROLL
+        for (Index i = 0; i < W; ++i) block[i] = i < numbers ? Vec<T>::load(in + i * registers * W) : Vec<T>(T(0));
+        transpose(block);
+        GATEWISE_UNROLL
+        for (Index lane = 0; lane < W; ++lane) {
+          if (lane >= lanes) break;
+          T* to = w + rows[lane] * K + k;
+          (Vec<T>::load(to, numbers) + block[lane]).store(to, numbers);
+        }
+      });
   });
 }
 

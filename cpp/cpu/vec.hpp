@@ -211,6 +211,12 @@ constexpr bool kFused = true;
 constexpr bool kFused = false;  // fma() rounds twice
 #endif
 
+// f(lanes): a constant where the register is full, for which no lane is masked
+template <class T, class F> GATEWISE_FN void with_lanes(Index lanes, F f) {
+  if (lanes >= Vec<T>::width) f(std::integral_constant<Index, Vec<T>::width>());
+  else f(lanes);
+}
+
 // rows[i][j] <-> rows[j][i], by exchanging ever smaller blocks across the diagonal. Lanes of two registers are numbered
 // end to end; a block of the upper rows takes its right half from the lower rows' left, and the other way round.
 template <int Block, class T, int... Lane>
