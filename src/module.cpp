@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gatewise/random.hpp"
+#include "memory.hpp"
 #include "packed.hpp"
 #include "problem.hpp"
 #include "stream.hpp"
@@ -59,7 +60,7 @@ class Scratch {
   explicit Scratch(std::size_t bytes) : block_(std::exchange(kept(), {})) {
     if (block_.bytes >= bytes) return;
     block_ = {};  // first: not both at a time
-    block_ = {std::unique_ptr<char[]>(new char[bytes]), bytes};
+    block_ = {allocate(bytes), bytes};
   }
   Scratch(const Scratch&) = delete;
   ~Scratch() {
@@ -70,7 +71,7 @@ class Scratch {
  private:
   static constexpr std::size_t kMostKept = 32 << 20;  // where more is needed, page faults are a small part of the time
   struct Block {
-    std::unique_ptr<char[]> memory;
+    Memory memory;
     std::size_t bytes = 0;
   };
   static Block& kept() {

@@ -10,12 +10,13 @@
 #include <mutex>
 #include <vector>
 
+#include "memory.hpp"
 #include "problem.hpp"
 
 namespace gatewise::binding {
 
-template <class T> std::unique_ptr<char[]> pack(const LayerProblem& p, const Problem<T>& problem) {
-  std::unique_ptr<char[]> packed(new char[p.sizes.packed]);
+template <class T> Memory pack(const LayerProblem& p, const Problem<T>& problem) {
+  Memory packed = allocate(p.sizes.packed);
   p.cell<T>().pack(problem, packed.get());
   return packed;
 }
@@ -29,7 +30,7 @@ class PackedWeights {
     bool is_double;
     Dims dims;
     std::array<std::vector<char>, kWeights> weights;
-    std::unique_ptr<char[]> packed;
+    Memory packed;
   };
 
   // Packing takes up to half of a call of one row, some per cent of one of a hundred, one per cent of one of two

@@ -32,7 +32,7 @@ template <class T> class Steps final : public AnySteps {
       weights = {nullptr, nullptr, nullptr, nullptr, nullptr, weights.w_hr ? y_numbers() : nullptr};
       scratch = std::max(scratch, p->sizes.forward_scratch);
     }
-    scratch_.reset(new char[scratch]);
+    scratch_ = allocate(scratch);
     for (int k = 0; k < 2; ++k) h_[k].resize(std::size_t(L * N * R)), c_[k].resize(std::size_t(L * N * H));
   }
 
@@ -67,7 +67,7 @@ template <class T> class Steps final : public AnySteps {
   struct Layer {
     const CellKernels<T>* kernels;
     Problem<T> problem;
-    std::unique_ptr<char[]> packed;
+    Memory packed;
   };
 
   const T* y_numbers() const { return numbers(y_); }
@@ -101,7 +101,7 @@ template <class T> class Steps final : public AnySteps {
   const py::object y_;      // what every step returns
   std::vector<T> inner_y_;  // what the kernels call y; one step of it is h as well
   std::vector<Layer> layers_;
-  std::unique_ptr<char[]> scratch_;
+  Memory scratch_;
   std::vector<T> h_[2], c_[2];
   int now_ = 0;
   bool from_zeros_ = true;

@@ -142,7 +142,10 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
       const Index q = there_and_back<Cell>(step, turn, groups);
       const Index first_register = q * kColumnRegisters;
       const Index registers = least(kColumnRegisters, ceil_div(columns, W) - first_register);
-      const T* weights = side.packed + first_register * W * Gates * side.units;
+      const Index K = Gates * side.units;
+      const auto group = [&](Index which) { return side.packed + which * kColumnRegisters * W * K; };
+      const bool asks = turn + 1 < groups.end && columns * K * Index(sizeof(T)) > kCacheBytes / 2;
+      const T *weights = group(q), *next = asks ? group(there_and_back<Cell>(step, turn + 1, groups)) : nullptr;
       const Index last = ceil_div(side.units, W) - 1, last_units = side.units - last * W;
       const Segments row_of_gates{Gates * W, last, gates ? gates->row(1, 0) - gates->row(0, 0) : 0, Gates * last_units,
                                   side.block * (last_units - W)};
@@ -152,7 +155,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
         if (gates) {
           const T* a[kMaxRows] = {};
           for (Index r = 0; r < height; ++r) a[r] = gates->row(0, first + r) + side.block * W;
-          kMultiplyRows<T>[registers - 1][height - 1](a, row_of_gates, weights, tile);
+          kMultiplyRows<T>[registers - 1][height - 1](a, row_of_gates, weights, tile,
+                                                      this->ahead(weights, next, first, height, registers, K));
         } else {
           zero(tile.numbers, height * registers * W);
         }

@@ -196,7 +196,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (Cell::normed && keeps_gates())
           for (Index r = 0; r < height; ++r) prefetch(gx_at(q * Facts::group, row + r, chunk), G * W);
         if (__builtin_expect(unpacked, 0)) multiply_by_unpacked<G>(x, height, d.I, problem.weights.w_ih, q, tile);
-        else kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile);
+        else kMultiplyRows<T>[registers - 1][height - 1](x, row_of_x, w_ih, tile, w_ih);
         this->meter.stop(&Ticks::products);
         for (Index r = 0; r < height; ++r)
           for (Index b = 0; b < panels; ++b) {
@@ -254,6 +254,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
       const Index registers = Panels<product_gates>::registers(q, d.H, W);
       const Segments row_of_h = one_segment(d.R);
       const T* w_hh = weights.hh(place_of(q));
+      const bool asks = turn + 1 < groups.end && place < 0 && weights.bytes() > kCacheBytes;
+      const T* next = asks ? weights.hh(there_and_back<Cell>(s, turn + 1, groups)) : nullptr;
       for_each_tile(positions.size(), most_rows(registers), [&](Index first, Index height) {
         const Index i = positions.begin + first;
         const T *h[kMaxRows] = {}, *others[kMaxRows], *const *operand = h;
@@ -276,7 +278,9 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         if (!any) zero(tile.numbers, height * registers * W);
         else if (__builtin_expect(unpacked, 0))
           multiply_by_unpacked<product_gates>(operand, height, d.R, problem.weights.w_hh, q, tile);
-        else kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile);
+        else
+          kMultiplyRows<T>[registers - 1][height - 1](operand, row_of_h, w_hh, tile,
+                                                      this->ahead(w_hh, next, first, height, registers, d.R));
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < panels; ++b) {
           const Index p = q * per_group + b;
@@ -348,7 +352,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
         for (Index r = 0; r < height; ++r) operand[r] = middle_at(s, i + r);
         Tile<T> tile;
         this->meter.start();
-        kMultiplyRows<T>[registers - 1][height - 1](operand, row, weights.stage(q), tile);
+        const T* w = weights.stage(q);
+        kMultiplyRows<T>[registers - 1][height - 1](operand, row, w, tile, w);
         this->meter.stop(&Ticks::products);
         for (Index b = 0; b < registers; ++b)
           finish_output(s, chunk, i, height, q * per_group + b, tile.numbers + b * W, registers * W);

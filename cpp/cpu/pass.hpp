@@ -138,6 +138,16 @@ template <class Cell, class T> struct Pass {
              {0, d.N});
   }
 
+  // What a tile asks for while it multiplies rows of K numbers with a group of packed weights: its part of the group
+  // that is next in turn, where the weights do not fit the cache (LSTM, H = 512, N = 32: a step is a tenth faster);
+  // else what it reads anyway.
+  GATEWISE_FN const T* ahead(const T* packed, const T* next, Index first, Index height, Index registers,
+                             Index K) const {
+    if (__builtin_expect(!next, 1)) return packed;
+    const Index tile = first / height;
+    return tile < registers ? next + tile * K * W : packed;
+  }
+
   Index group_panels(Index group) const { return Panels<G>::in_group(group, P); }
   Index group_registers(Index group) const { return Panels<G>::registers(group, d.H, W); }
   Index units(Index panel) const { return least(W, d.H - panel * W); }

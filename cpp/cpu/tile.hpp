@@ -56,9 +56,11 @@ struct Segments { Index K, full, stride, last_K, last_shift; };
 constexpr Segments one_segment(Index K) { return {0, 0, 0, K, 0}; }
 
 // Rows of numbers times packed weights [numbers of a row][NR][W]. The segments come by reference, made long before: an
-// argument on the stack was read back behind all of an epilogue's stores, and cost 4 % of a training step.
+// argument on the stack was read back behind all of an epilogue's stores, and cost 4 % of a training step. On the way
+// it asks for as many registers' worth of `ahead`, for a cache beyond L1, as a row has numbers: where a register is a
+// line of it. Narrower ones wait less for memory, and have no instruction to spare.
 template <class T, int MR, int NR>
-void multiply_rows(const T* const* rows, const Segments& s, const T* packed, Tile<T>& tile) {
+void multiply_rows(const T* const* rows, const Segments& s, const T* packed, Tile<T>& tile, const T* ahead) {
   constexpr Index W = Vec<T>::width;
   const T* a[MR];
   GATEWISE_UNROLL
@@ -69,8 +71,11 @@ void multiply_rows(const T* const* rows, const Segments& s, const T* packed, Til
     const Index K = i < s.full ? s.K : s.last_K, shift = i < s.full ? 0 : s.last_shift;
     multiply(
         acc, K, [&](int r, Index k) { return a[r] + shift + k; },
-        [&](Index k, int v) { return packed + (k * NR + v) * W; });
-    packed += K * NR * W;
+        [&](Index k, int v) {
+          if (v == 0 && GATEWISE_VECTOR_BYTES == 64) __builtin_prefetch(ahead + k * W, 0, 2);
+          return packed + (k * NR + v) * W;
+        });
+    packed += K * NR * W, ahead += K * W;
     GATEWISE_UNROLL
     for (int r = 0; r < MR; ++r) a[r] += s.stride;
   }
@@ -92,7 +97,7 @@ void multiply_columns(const T* packed, Index height, Index K, const T* const* b,
 }
 
 // The products by shape: kMultiplyRows<T>[NR - 1][MR - 1]
-template <class T> using MultiplyRows = void (*)(const T* const*, const Segments&, const T*, Tile<T>&);
+template <class T> using MultiplyRows = void (*)(const T* const*, const Segments&, const T*, Tile<T>&, const T* ahead);
 template <class T> using MultiplyColumns = void (*)(const T*, Index, Index, const T* const*, Index, Tile<T>&);
 template <class T, int NR, class Rows> struct Shapes;
 template <class T, int NR, int... I> struct Shapes<T, NR, std::integer_sequence<int, I...>> {
