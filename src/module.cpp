@@ -69,7 +69,7 @@ class Scratch {
   void* data() const { return block_.memory.get(); }
 
  private:
-  static constexpr std::size_t kMostKept = 32 << 20;  // where more is needed, page faults are a small part of the time
+  static constexpr std::size_t kMostKept = 128 << 20;  // where more is needed, fresh pages are a small part of the time
   struct Block {
     Memory memory;
     std::size_t bytes = 0;
