@@ -128,7 +128,8 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
                   states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
   const WhileComputing others_may_run(p.is_tiny());
   std::shared_ptr<const PackedWeights::Packed> packed;
-  if (kept) packed = kept->of<T>(p, promise), call.packed = packed->packed.get();
+  if (kept && PackedWeights::pays(p, promise)) packed = kept->of<T>(p, promise), call.packed = packed->packed.get();
+  if (kept) call.from_the_last = kept->turn();
   p.cell<T>().forward(call);
 }
 
@@ -226,8 +227,7 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
     const py::object saved = tape.saved ? empty<E>({py::ssize_t(p.sizes.saved)}) : py::none();
     const py::object states = tape.states ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
-    forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks,
-               kept && PackedWeights::pays(p, promise) ? kept : nullptr, promise);
+    forward<E>(p, y, hn, cn, saved, states, scratch.data(), threads_for(p, threads), ticks, kept, promise);
     return py::make_tuple(py::cast(std::move(problem)), y, hn, cn, saved, states);
   };
   return p.typed(run);
@@ -507,8 +507,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         const TensorsAreArrays scope(tensors);
         check_threads(threads);
         const LentScratch lent(scratch, p.sizes.forward_scratch);
-        PackedWeights* const kept =
-            packed.is_none() || !PackedWeights::pays(p, 0) ? nullptr : packed.cast<PackedWeights*>();
+        PackedWeights* const kept = packed.is_none() ? nullptr : packed.cast<PackedWeights*>();
         p.typed([&](auto zero) {
           forward<decltype(zero)>(p, y, hn, cn, saved, states, lent.data(), threads, ticks, kept, 0);
         });

@@ -58,6 +58,8 @@ class PackedWeights {
     return packed;
   }
 
+  // Every other use is to walk the weights from the last, which the one before has left in cache.
+  bool turn() { return turns_.fetch_add(1, std::memory_order_relaxed) % 2; }
   // How many times it had to pack
   int count() const { return count_; }
 
@@ -75,6 +77,7 @@ class PackedWeights {
   std::shared_ptr<const Packed> packed_;
   Seen seen_;
   std::atomic<int> count_{0};
+  std::atomic<unsigned> turns_{0};
 
   template <class T> struct Span {
     const T* values;
