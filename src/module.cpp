@@ -425,6 +425,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.attr("compiler") = compiler();
   m.def("choose_arch", [] { return choose_arch().name; });
   m.def("available_cores", &available_cores);
+  m.def("share_openmp", &share_openmp);
   m.def(
       "choose_num_threads",
       [](py::handle num_threads) {

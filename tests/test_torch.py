@@ -851,3 +851,39 @@ def test_a_training_step_needs_no_more_memory_than_torchs(name):
         for library in ("torch", "gatewise")
     }
     assert 0 < peak["gatewise"] <= peak["torch"]
+
+
+# PyTorch's threads are the layers' too. What a child that was forked when they were there does is in its exit code.
+THREADS = """
+import os, signal, sys, torch
+import gatewise as gw
+torch.set_num_threads(2)
+layer, x = gw.torch.LSTM(64, 256), torch.randn(20, 32, 64)
+
+def run(num_threads):
+    torch.set_num_threads(num_threads)
+    with torch.no_grad():
+        return layer(x)[0]
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.randn(1 << 20).exp_()
+before = threads()
+assert before > 1
+y = run(2)
+assert threads() == before, (before, threads())
+assert torch.equal(y, run(1))
+arrays = [a.detach().numpy() for a in (x, *layer.parameters())]
+h = gw.lstm(*arrays, num_threads=2)[0]
+if (child := os.fork()) == 0:  # without PyTorch, which would wait for threads that are no more
+    signal.alarm(20)
+    os._exit(0 if (gw.lstm(*arrays, num_threads=2)[0] == h).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
+def test_threads_are_pytorchs_and_a_forked_childs_are_its_own():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

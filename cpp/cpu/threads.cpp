@@ -1,7 +1,8 @@
 // The pool: idle workers on a stack, made when first needed and never ended; they sleep after a short spin, so
-// that they do not take the cores of whoever computes next (NumPy's or torch's own pools).
+// that they do not take the cores of whoever computes next (NumPy's pool, say). Or OpenMP's pool, if asked to share it.
 #include "threads.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -10,6 +11,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "gatewise/gatewise.hpp"
 
 namespace gatewise {
 namespace {
@@ -69,10 +72,18 @@ struct Pool {
   std::vector<Worker*> idle;
 };
 
+// OpenMP as compilers call it; its implementations by GNU, Intel and LLVM all have these names.
+struct OpenMP {
+  void (*parallel)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);  // waits for all of them
+  int (*thread)();   // the number of the thread that asks
+  int (*threads)();  // of the team that it is in
+};
+std::atomic<const OpenMP*> openmp{nullptr};
+
 // Never destroyed: workers outlive main(). A forked child has none of its parent's threads, and perhaps a mutex
-// locked by one of them, so it starts with a pool of its own.
+// locked by one of them, so it starts with a pool of its own; OpenMP's may wait for threads that are no more.
 Pool* pool = new Pool;
-const int fork_hook = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+const int fork_hook = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, openmp = nullptr; });
 
 Worker* borrow() {
   {
@@ -95,7 +106,35 @@ void give_back(const std::vector<Worker*>& workers) {
   pool->idle.insert(pool->idle.end(), workers.begin(), workers.end());
 }
 
+void run_openmp(const OpenMP& omp, int size, void (*job)(const void*, Team&, int), const void* context) {
+  struct Call {
+    const OpenMP& omp;
+    void (*job)(const void*, Team&, int);
+    const void* context;
+    Team team;
+  } call{omp, job, context, Team(size)};
+  omp.parallel(
+      [](void* argument) {
+        Call& own = *static_cast<Call*>(argument);
+        const int id = own.omp.thread();
+        if (own.omp.threads() == own.team.size) return own.job(own.context, own.team, id);
+        if (id != 0) return;  // fewer came than were asked for, by a limit of OpenMP's: one does it all
+        Team alone(1);
+        own.job(own.context, alone, 0);
+      },
+      &call, unsigned(size), 0);
+}
+
 }  // namespace
+
+bool share_openmp() {
+  static const OpenMP found{reinterpret_cast<decltype(OpenMP::parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+                            reinterpret_cast<decltype(OpenMP::thread)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num")),
+                            reinterpret_cast<decltype(OpenMP::threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"))};
+  if (!found.parallel || !found.thread || !found.threads) return false;
+  openmp = &found;
+  return true;
+}
 
 void Team::barrier() {
   if (size == 1) return;
@@ -111,6 +150,8 @@ void Team::barrier() {
 
 void run_team(int size, void (*job)(const void*, Team&, int), const void* context) {
   (void)fork_hook;
+  if (const OpenMP* omp = size > 1 ? openmp.load(std::memory_order_relaxed) : nullptr)
+    return run_openmp(*omp, size, job, context);
   std::vector<Worker*> workers;
   for (int id = 1; id < size; ++id) {
     Worker* worker = borrow();

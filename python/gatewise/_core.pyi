@@ -11,6 +11,7 @@ cells: dict[str, dict[str, Any]]
 
 def choose_arch() -> str: ...
 def available_cores() -> int: ...
+def share_openmp() -> bool: ...  # False: the process has none
 def choose_num_threads(num_threads: Any) -> tuple[int, str]: ...  # and who said so
 def environment(name: str) -> str | None: ...  # as the C library sees it; os.environ writes to it
 def dropout(

@@ -46,6 +46,7 @@ _INPUTS = (
 _EXCHANGE: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # since PyTorch 2.10: tensors are lent as they are
 _to_dlpack: Any = torch._C._to_dlpack  # before: what torch.utils.dlpack.to_dlpack is
 _CPU = torch.device("cpu")
+_core.share_openmp()  # PyTorch's threads: two pools would be in each other's way
 _PLAIN = (torch.Tensor, nn.Parameter)
 _16_BIT = (torch.float16, torch.bfloat16)
 

@@ -150,6 +150,12 @@ struct ArchList {
 ArchList archs();           // best first; the last one runs everywhere
 const Arch& choose_arch();  // GATEWISE_ARCH if set, else the best that runs here; throws std::invalid_argument
 
+// From now on calls with several threads run on OpenMP's, if the process has an OpenMP that all of it can see, as
+// PyTorch's is. Two pools are in each other's way: OpenMP's threads wait for their next task at full speed, for up to
+// 15 ms, and what another pool does meanwhile takes twice as long. A forked child goes back to a pool of its own.
+// False: there is none.
+bool share_openmp();
+
 // The order in which kernels walk the valid (t, n) pairs: sequences longest first, step by step. Writes the
 // time-major row t*N + n of each to rows[] (as many as the lengths add up to).
 template <class T> void row_order(const Problem<T>&, Index* rows);
