@@ -24,7 +24,7 @@ instructions: $(VENV)/test.stamp  ## instructions of the kernels against a basel
 lint: $(VENV)/lint.stamp   ## style and types
 	$(BIN)/ruff check python tests benchmarks
 	$(BIN)/ruff format --check python tests benchmarks
-	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests benchmarks -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp src tests benchmarks -name '*.[ch]pp' -o -name '*.cu')
 	$(BIN)/mypy
 
 wheel-check:               ## the wheel works where there is nothing but NumPy
