@@ -1,5 +1,6 @@
 // A team of threads that runs one kernel call together: the caller is thread 0, the others are lent by a
-// process-wide pool, or OpenMP's (share_openmp), for the length of the call. Calls from several threads get teams of their own.
+// process-wide pool, or OpenMP's (share_openmp), for the length of the call. Calls from several threads get teams of
+// their own.
 #pragma once
 
 namespace gatewise {

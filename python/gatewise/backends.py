@@ -14,7 +14,7 @@ def _unavailable(name: str) -> str | None:
     if name == "reference" and importlib.util.find_spec("numba") is None:
         return "not available: Numba is not installed (pip install gatewise[reference])"
     if name == "cuda":
-        return "not built: this version has no CUDA kernels"
+        return "not built: the CUDA kernels cannot be called from Python yet"
     return None
 
 

@@ -262,7 +262,7 @@ __global__ void calculate(Values in, int* ints, float* floats, double* doubles, 
   io[8] = int(x);
   io[9] = int(floorf(z)) + int(y);
   // Comparisons and their opposites, of numbers that are equal, are not, or NaN
-  const float p = k % 4 == 3 ? z / 0.0f * 0.0f : x, q = k % 2 ? p : z;
+  const float p = k % 4 == 3 ? __uint_as_float(0x7fc00000u) : x, q = k % 2 ? p : z;
   io[10] = (p < z) + 2 * !(p < q) + 4 * (p >= q) + 8 * !(p >= z) + 16 * (p > z) + 32 * !(p > q) + 64 * (p <= q) +
            128 * !(p <= z) + 256 * (p == q) + 512 * (p != q) + 1024 * (y < w) + 2048 * (y == w) + 4096 * !(y > w);
   io[11] = static_cast<signed char>(a) + static_cast<unsigned short>(b);

@@ -127,6 +127,8 @@ class Kernel:
             return f"{c}(local.base)"
         if operand in SPECIAL:
             return f"{c}({SPECIAL[operand]})"
+        if operand in self.parameters:
+            return f"{c}(reinterpret_cast<std::uint64_t>(parameters) + {self.parameters[operand]})"
         raise Unknown(f"operand {operand}")
 
     def write(self, operand: str, value: str) -> str:
@@ -449,15 +451,13 @@ class Kernel:
     def op_ld(self, i: Instruction) -> str:
         if self.space(i) == "param":
             i.only("param", "v2", "v4")
-            match = re.fullmatch(r"\[\s*(\w+)\s*(?:\+\s*(\d+))?\s*\]", i.operands[1])
-            if not match or match[1] not in self.parameters:
-                raise Unknown(f"parameter {i.operands[1]}")
+            # By name, or by what a `mov` made of a name: an address in the parameters
             parts = split(i.operands[0][1:-1]) if i.operands[0].startswith("{") else [i.operands[0]]
-            offset = self.parameters[match[1]] + int(match[2] or 0)
-            return " ".join(
-                self.write(part, f"parameter<{C_TYPES[i.type]}>(parameters + {offset + k * size(i.type)})")
+            loads = " ".join(
+                self.write(part, f"parameter<{C_TYPES[i.type]}>(from + {k * size(i.type)})")
                 for k, part in enumerate(parts)
             )
+            return f"{{ const auto* from = reinterpret_cast<const char*>({self.address(i.operands[1])}); {loads} }}"
         order = self.order(i)
         load = f"load_ordered<{C_TYPES[i.type]}, {order}>({{}})" if order else "*{}"
         # All pointers before the first register changes, which may be the address

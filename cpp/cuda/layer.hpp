@@ -1,0 +1,458 @@
+// The layer on a CUDA stream, any cell through time: products of all steps at once before and after the loop, and in
+// the loop, step by step, one product with w_hh and one kernel that runs the cell on its rows. Calls take the structs
+// of gatewise.hpp with the device's pointers in them, except for the lengths, which are the host's; they enqueue work
+// and return.
+//
+// Buffers, R packed rows (cpu/rows.hpp):
+//   saved  [R][S][H], behind it scales [3][R] of a normed cell, then [R][H] what went through a product in a stage or
+//          the projection
+//   states [R][H], c after each row's step                                             (the tape: these two)
+//   gates  [R][D][H] gradients of gates, as Facts::D says                              (backward's scratch)
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/rows.hpp"
+#include "kernels.hpp"
+#include "step.hpp"
+
+namespace gatewise::cuda { namespace {
+
+// Launches one thread an element, if there are any.
+template <class... P, class... A>
+void each(void (*kernel)(P...), Index rows, Index columns, cudaStream_t stream, const A&... args) {
+  if (rows > 0 && columns > 0) launch(kernel, pointwise(rows, columns), stream, args...);
+}
+
+// Both directions: the problem, the order of its rows, and what the kernels know of it
+template <class Cell, class T> struct Pass {
+  using F = Facts<Cell>;
+  static constexpr Index G = Cell::G, S = Cell::S, D = F::D, U = Cell::U;
+
+  static constexpr Index kMostRows = (Index(1) << 31) - (1 << 16);  // a tile past them is counted yet
+
+  Problem<T> problem;
+  Dims d;
+  bool projects;
+  Index stage_units;  // of the product in the stage, or R of the projection; 0: there is none
+  cudaStream_t stream;
+  Rows rows;      // on the device
+  Index* length;  // [N] on the device, by sorted position
+  std::vector<Index> memory;
+  Rows on_host;  // in `memory`
+  Walk<T> walk;
+
+  Pass(const Problem<T>& p, Arena& arena, cudaStream_t stream)
+      : problem(p), d(p.dims), projects(F::may_project && p.weights.w_hr),
+        stage_units(Cell::middle == Middle::product ? d.H
+                    : projects                      ? d.R
+                                                    : 0),
+        stream(stream), rows(arena, d.T, d.N, count_rows(p)), length(arena.take<Index>(d.N)), on_host(rows) {
+    if (p.save != Save::all)
+      throw std::invalid_argument(
+          "save: the CUDA kernels keep all that backward needs; \"states\" and \"checkpoints\" "
+          "are the CPU's only");
+    for (const Index count : {rows.count, D * d.H, d.I})
+      if (count > kMostRows)
+        throw std::invalid_argument("x: the CUDA kernels count rows and columns in 32 bits; got " +
+                                    std::to_string(count) + " of one kind");
+  }
+
+  // Orders the rows and sends what the kernels need of that. The copy has left `memory` when the call returns.
+  void prepare() {
+    Arena counts(nullptr);
+    (void)Rows(counts, d.T, d.N, rows.count);
+    counts.take<Index>(d.N);
+    memory.resize(counts.bytes() / sizeof(Index) + 1);
+    Arena arena(memory.data());
+    on_host = Rows(arena, d.T, d.N, rows.count);
+    Index* const lengths = arena.take<Index>(d.N);
+    on_host.fill(problem);
+    for (Index i = 0; i < d.N; ++i) lengths[i] = length_of(problem, on_host.order[i]);
+    const auto bytes = std::size_t(lengths + d.N - on_host.order) * sizeof(Index);
+    GATEWISE_CUDA_CHECK(cudaMemcpyAsync(rows.order, on_host.order, bytes, cudaMemcpyHostToDevice, stream));
+
+    const Sequence<T>& of = problem.sequence;
+    walk = {d.T,
+            d.N,
+            d.H,
+            d.R,
+            rows.order,
+            rows.offset,
+            rows.place,
+            length,
+            of.h0,
+            of.c0,
+            problem.h_mask,
+            problem.weights.w_unit,
+            of.reset,
+            of.reverse,
+            of.reset_to == ResetTo::initial,
+            problem.cell_clip < T(__builtin_inf()),
+            problem.cell_clip,
+            problem.zoneout};
+  }
+
+  Index at(Index s) const { return on_host.offset[s]; }  // first packed row of step s
+  Index live(Index s) const { return s < d.T ? on_host.live(s) : 0; }
+  const T* stage_weights() const {
+    return projects ? problem.weights.w_hr : problem.weights.w_hh + F::product_gates * d.H * d.R;
+  }
+  // Of the tape, or of what stands for it: scales of gx, gh, c by packed row; what goes through the stage
+  T* scales(T* saved, int which, Index row) const { return saved + rows.count * (S * d.H + which) + row; }
+  T* kept_middle(T* saved, Index row) const {
+    return saved + rows.count * (S * d.H + (Cell::normed ? 3 : 0)) + row * d.H;
+  }
+  Index saved_size() const { return rows.count * (S * d.H + (Cell::normed ? 3 : 0) + (stage_units ? d.H : 0)); }
+
+  void zero_past_end(T* array, Index width) const {
+    if (!problem.sequence.lengths || problem.sequence.layout == Layout::packed) return;
+    const bool time_major = problem.sequence.layout == Layout::time_major;
+    each(zero_padding<T>, d.T * d.N, width, stream, walk, time_major ? d.N : Index(1), time_major ? Index(1) : d.T,
+         width, array);
+  }
+  void zero(T* numbers, Index n) const {
+    if (n > 0) GATEWISE_CUDA_CHECK(cudaMemsetAsync(numbers, 0, std::size_t(n) * sizeof(T), stream));
+  }
+  // A block for each of so many rows of n numbers
+  static LaunchShape blocks(Index rows, Index n) {
+    return {dim3(unsigned(rows)), dim3(threads_of_row(n)), threads_of_row(n) * sizeof(T), false};
+  }
+};
+
+// A product of a step: its parts, and where they go
+template <class T> struct StepProduct {
+  Index N, K, rows;
+  PartsOf of;
+  T* numbers;  // [parts][rows][N]
+
+  StepProduct(Arena& arena, Index N, Index K, Index rows)
+      : N(N), K(K), rows(rows), of(ceil_divide(N, SmallTile<T>::columns), K, 128),
+        numbers(arena.take<T>(of.count * rows * N)) {}
+  Parts<T> result() const { return {numbers, N, rows * N, of.count}; }
+  template <bool b_by_k> Parts<T> run(Index live, RowsAt<const T> a, RowsAt<const T> b, cudaStream_t stream) const {
+    multiply_rows<false, b_by_k>(
+        Product<T>{int(live), int(N), int(K), a, b, {numbers, N}, nullptr, false, of.count, of.k, rows * N}, stream);
+    return result();
+  }
+};
+
+template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
+  using Base = Pass<Cell, T>;
+  using Base::d, Base::G, Base::problem, Base::projects, Base::rows, Base::S, Base::stage_units, Base::stream,
+      Base::walk;
+  using typename Base::F;
+
+  Forward<T> call;
+  Index chunk_target;  // rows whose gx is made at once: a chunk ends at the first step that reaches it
+  T* bias;             // [G * H]
+  T* gx;               // [chunk][G * H], or null: in `saved`
+  StepProduct<T> gh, stage;
+  T* entering;  // [N, R], or null: h as it lies
+  T* c;         // [N, H] or null: every c is kept
+  T* middle;    // [N, H] or null: kept
+  T* saved;     // [N][S][H] of a step, or null
+
+  static constexpr Index kChunkBytes = 64 << 20;  // enough rows for every multiprocessor, little of a device's memory
+
+  ForwardPass(const Forward<T>& call, Arena& arena, cudaStream_t stream)
+      : Base(call.problem, arena, stream), call(call),
+        chunk_target(x_in_saved() ? rows.count : least(rows.count, kChunkBytes / (G * d.H * Index(sizeof(T))))),
+        bias(arena.take<T>(G * d.H)),
+        gx(x_in_saved() ? nullptr : arena.take<T>(least(rows.count, chunk_target + d.N) * G * d.H)),
+        gh(arena, F::product_gates * d.H, d.R, Cell::has_product ? d.N : 0),
+        stage(arena, stage_units, d.H, stage_units ? d.N : 0),
+        entering(Cell::has_product && (problem.h_mask || problem.sequence.reset) ? arena.take<T>(d.N * d.R) : nullptr),
+        c(Cell::has_c && !call.states ? arena.take<T>(d.N * d.H) : nullptr),
+        middle((F::staged || projects) && !keeps_middle() ? arena.take<T>(d.N * d.H) : nullptr),
+        saved(F::staged && !call.saved ? arena.take<T>(d.N * S * d.H) : nullptr) {}
+
+  bool x_in_saved() const { return F::x_in_saved && call.saved; }
+  bool keeps_middle() const { return call.saved && stage_units; }
+  RowsAt<T> gx_rows(Index row, Index chunk) const {
+    if (x_in_saved()) return {call.saved + (row * S + F::x_at) * d.H, S * d.H};
+    return {gx + (row - chunk) * G * d.H, G * d.H};
+  }
+  T* scale_of(int which, Index row) const { return call.saved ? this->scales(call.saved, which, row) : nullptr; }
+
+  // gx of packed rows [begin, end)
+  void project(Index begin, Index end) const {
+    if (begin == end) return;
+    Product<T> product{int(end - begin),
+                       int(G * d.H),
+                       int(d.I),
+                       {problem.sequence.x, 1, rows.x_at + begin},
+                       {problem.weights.w_ih, d.I},
+                       gx_rows(begin, begin)};
+    product.bias = Cell::normed ? nullptr : bias;
+    multiply_rows<false, false>(product, stream);
+    if (!Cell::normed) return;
+    const RowsAt<T> to = product.c;
+    launch(standardise<T>, this->blocks(end - begin, G * d.H), stream, Parts<T>{to.numbers, to.stride}, to, G * d.H,
+           scale_of(0, begin));
+  }
+
+  // W_hh h of a step's rows
+  Parts<T> hidden_part(Index s, Index live) const {
+    if (!Cell::has_product) return {};
+    const bool any = s > 0 || problem.sequence.h0;
+    if (!any && !Cell::normed) return {};
+    Parts<T> product = gh.result();
+    if (any) {
+      RowsAt<const T> h{call.y, d.R, s > 0 ? rows.place + this->at(s - 1) : nullptr};
+      if (s == 0) h = {problem.sequence.h0, d.R, rows.order};
+      if (entering) {
+        each(enter<T>, live, d.R, stream, walk, s, live, static_cast<const T*>(call.y), entering);
+        h = {entering, d.R};
+      }
+      gh.template run<false>(live, h, {problem.weights.w_hh, d.R}, stream);
+    } else {
+      this->zero(gh.numbers, live * gh.N);
+      product.count = 1;
+    }
+    if (!Cell::normed) return product;
+    launch(standardise<T>, this->blocks(live, gh.N), stream, product, RowsAt<T>{gh.numbers, gh.N}, gh.N,
+           scale_of(1, this->at(s)));
+    product.count = 1;
+    return product;
+  }
+
+  void step(Index s, Index chunk) const {
+    const Index live = this->live(s), row = this->at(s);
+    ForwardStep<T> p{};
+    p.walk = walk, p.s = s, p.live = live;
+    p.gx = gx_rows(row, chunk), p.gh = hidden_part(s, live);
+    p.b_hh_last = Cell::split && problem.weights.b_hh ? problem.weights.b_hh + (G - 1) * d.H : nullptr;
+    p.y = call.y;
+    p.saved = call.saved ? RowsAt<T>{call.saved + row * S * d.H, S * d.H} : RowsAt<T>{saved, S * d.H};
+    p.middle = keeps_middle() ? this->kept_middle(call.saved, row) : middle;
+    p.c_before = !call.states ? c : s > 0 ? call.states + this->at(s - 1) * d.H : nullptr;
+    p.c_after = call.states ? call.states + row * d.H : c;
+    p.to_stage = F::staged || projects;
+    each(cell_forward<Cell, T>, live, d.H, stream, p);
+    if constexpr (F::staged || F::may_project) {
+      if (!p.to_stage) return;
+      Parts<T> back{p.middle, d.H};
+      if (stage_units) back = stage.template run<false>(live, {p.middle, d.H}, {this->stage_weights(), d.H}, stream);
+      else
+        launch(standardise<T>, this->blocks(live, d.H), stream, back, RowsAt<T>{p.middle, d.H}, d.H, scale_of(2, row));
+      each(output_forward<Cell, T>, live, d.R, stream, p, back);
+    }
+  }
+
+  void run() {
+    this->prepare();
+    this->zero_past_end(call.y, d.R);
+    each(add_biases<T>, 1, Cell::normed ? 0 : G * d.H, stream, problem.weights.b_ih, problem.weights.b_hh,
+         (Cell::split ? G - 1 : G) * d.H, G * d.H, bias);
+    for (Index s = 0, chunk = 0, end; s < d.T && this->live(s) > 0; chunk = this->at(s)) {
+      for (end = s + 1; this->live(end) > 0 && this->at(end) - chunk < chunk_target;) ++end;
+      project(chunk, this->at(end));
+      for (; s < end; ++s) step(s, chunk);
+    }
+    const FinalStates<T> last{
+        walk, call.y, call.states ? call.states : c, call.states != nullptr, call.hn, Cell::has_c ? call.cn : nullptr};
+    each(final_states<T>, d.N, d.H, stream, last);
+  }
+};
+
+template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
+  using Base = Pass<Cell, T>;
+  using Base::d, Base::D, Base::G, Base::problem, Base::projects, Base::rows, Base::S, Base::stage_units, Base::stream,
+      Base::U, Base::walk;
+  using typename Base::F;
+
+  Backward<T> call;
+  T* gates;                  // [rows][D][H]
+  StepProduct<T> dh, stage;  // [N, R] through w_hh; [N, H] through the stage's weights
+  T* d_out;                  // [rows, R] of a projection, [N, R] of a stage
+  T *carry_h, *carry_c;      // [N, R], [N, H]
+  T *restart_h, *restart_c;  // likewise, or null
+  T* unit_sums;              // [N][U][H], or null
+  T* hidden;                 // [rows, R], or null
+  T* sums;                   // of columns, part by part
+  T* weight_parts;           // of gradients of weights
+
+  BackwardPass(const Backward<T>& call, Arena& arena, cudaStream_t stream)
+      : Base(call.problem, arena, stream), call(call), gates(arena.take<T>(rows.count * D * d.H)),
+        dh(arena, d.R, F::product_gates * d.H, Cell::has_product ? d.N : 0),
+        stage(arena, d.H, stage_units, stage_units ? d.N : 0), d_out(arena.take<T>(projects    ? rows.count * d.R
+                                                                                   : F::staged ? d.N * d.R
+                                                                                               : 0)),
+        carry_h(arena.take<T>(d.N * d.R)), carry_c(arena.take<T>(Cell::has_c ? d.N * d.H : 0)),
+        restart_h(restarts() ? arena.take<T>(d.N * d.R) : nullptr),
+        restart_c(Cell::has_c && restarts() ? arena.take<T>(d.N * d.H) : nullptr),
+        unit_sums(U && call.dw_unit ? arena.take<T>(d.N * U * d.H) : nullptr),
+        hidden(Cell::has_product && call.dw_hh ? arena.take<T>(rows.count * d.R) : nullptr),
+        sums(arena.take<T>(largest(ceil_div(rows.count, kRowsOfASum) * D, ceil_div(d.N, kRowsOfASum) * U) * d.H)),
+        weight_parts(arena.take<T>(largest(largest(parts_size(G * d.H, d.I), parts_size(F::product_gates * d.H, d.R)),
+                                           parts_size(projects ? d.R : d.H, stage_units ? d.H : 0)))) {}
+
+  static Index largest(Index a, Index b) { return a > b ? a : b; }
+  bool restarts() const { return problem.sequence.reset && problem.sequence.reset_to == ResetTo::initial; }
+  T* saved() const { return const_cast<T*>(call.saved); }  // only read
+  T* gates_at(Index row, Index block) const { return gates + (row * D + block) * d.H; }
+  static constexpr int last_x_slot = F::x_slot(int(G) - 1);
+
+  // Gradients of weights are sums over all rows, in some parts where the matrix is small
+  PartsOf parts_of(Index M, Index N) const {
+    return PartsOf(ceil_divide(M, SmallTile<T>::rows) * ceil_divide(N, SmallTile<T>::columns), rows.count, 256);
+  }
+  Index parts_size(Index M, Index N) const {
+    const Index parts = M * N > 0 ? parts_of(M, N).count : 0;
+    return parts > 1 ? parts * M * N : 0;
+  }
+  // gradient [M, N] += a^T b, over all rows; row r of it is found at (r + turn) mod M
+  void weight_gradient(Index M, Index N, RowsAt<const T> a, RowsAt<const T> b, T* gradient, Index turn = 0) const {
+    const RowsAt<T> to{gradient, N, nullptr, turn, M};
+    const PartsOf of = parts_of(M, N);
+    if (!rows.count) return;
+    if (of.count == 1)
+      return multiply_rows<true, true>(Product<T>{int(M), int(N), int(rows.count), a, b, to, nullptr, true}, stream);
+    multiply_rows<true, true>(
+        Product<T>{int(M), int(N), int(rows.count), a, b, {weight_parts, N}, nullptr, false, of.count, of.k, M * N},
+        stream);
+    each(add_parts<T>, M, N, stream, weight_parts, Index(of.count), M, N, to);
+  }
+
+  // Gradients that come back through w_hh, from the gates of step s
+  Parts<T> through_hidden(Index s) const {
+    const Index fed = this->live(s);
+    if (!Cell::has_product || !fed) return {};
+    return dh.template run<true>(fed, {gates_at(this->at(s), F::h_block), D * d.H}, {problem.weights.w_hh, d.R},
+                                 stream);
+  }
+
+  void step(Index s) const {
+    const Index live = this->live(s), row = this->at(s);
+    const RowsAt<const T> kept{call.saved + row * S * d.H, S * d.H};
+    BackwardStep<T> p{};
+    p.walk = walk, p.s = s, p.live = live, p.fed = this->live(s + 1);
+    p.y = call.y, p.dy = call.dy, p.saved = kept;
+    p.c_before = Cell::has_c && s > 0 ? call.states + this->at(s - 1) * d.H : nullptr;
+    p.dh = through_hidden(s + 1);
+    p.gates = gates_at(row, 0);
+    p.d_out = projects ? d_out + row * d.R : d_out;
+    p.carry_h = carry_h, p.carry_c = carry_c, p.restart_h = restart_h, p.restart_c = restart_c;
+    p.unit_sums = unit_sums;
+    p.in_stage = F::staged || projects;
+    if constexpr (F::staged || F::may_project) {
+      if (p.in_stage) {
+        each(output_backward<Cell, T>, live, d.R, stream, p);
+        p.d_stage = {p.d_out, d.H};
+        if (stage_units)
+          p.d_stage = stage.template run<true>(live, {p.d_out, d.R}, {this->stage_weights(), d.H}, stream);
+        else
+          launch(d_standardise<T>, this->blocks(live, d.H), stream,
+                 RowsAt<const T>{kept.numbers + Cell::output_saved * d.H, S * d.H}, this->scales(saved(), 2, row),
+                 RowsAt<T>{p.d_out, d.H}, d.H);
+      }
+    }
+    each(cell_backward<Cell, T>, live, d.H, stream, p);
+    for (int h = 0; h < (Cell::normed ? 2 : 0); ++h)  // of gx, of gh
+      launch(d_standardise<T>, this->blocks(live, G * d.H), stream,
+             RowsAt<const T>{kept.numbers + (1 + h) * G * d.H, S * d.H}, this->scales(saved(), h, row),
+             RowsAt<T>{gates_at(row, h ? F::h_block : F::x_block), D * d.H}, G * d.H);
+  }
+
+  void start() const {
+    if (call.dx) this->zero_past_end(call.dx, d.I);
+    each(gather<T>, d.N, d.R, stream, walk, call.dhn, d.R, carry_h);
+    if (Cell::has_c) each(gather<T>, d.N, d.H, stream, walk, call.dcn, d.H, carry_c);
+    if (restart_h) this->zero(restart_h, d.N * d.R);
+    if (restart_c) this->zero(restart_c, d.N * d.H);
+    if (unit_sums) this->zero(unit_sums, d.N * U * d.H);
+  }
+
+  void gradients_of_inputs_and_weights() const {
+    const RowsAt<const T> x{problem.sequence.x, 1, rows.x_at};
+    const RowsAt<const T> dgx{gates_at(0, F::x_block), D * d.H}, dgh{gates_at(0, F::h_block), D * d.H};
+    const Index turn = Cell::split ? (G - 1) * d.H : 0;  // dgx begins with the last gate
+    if (call.dx && rows.count)
+      multiply_rows<false, true>(Product<T>{int(rows.count),
+                                            int(d.I),
+                                            int(G * d.H),
+                                            dgx,
+                                            {problem.weights.w_ih, d.I, nullptr, turn, G * d.H},
+                                            {call.dx, d.I, rows.place}},
+                                 stream);
+    if (call.dw_ih) weight_gradient(G * d.H, d.I, dgx, x, call.dw_ih, turn);
+    if (hidden && rows.count) {
+      LaunchShape shape = pointwise(this->live(0), d.R);
+      shape.grid.z = unsigned(least(d.T, 1024));
+      launch(hidden_rows<T>, shape, stream, walk, call.y, hidden);
+      weight_gradient(F::product_gates * d.H, d.R, dgh, {hidden, d.R}, call.dw_hh);
+    }
+    const RowsAt<const T> through_stage{stage_units ? this->kept_middle(saved(), 0) : nullptr, d.H};
+    if (Cell::middle == Middle::product && call.dw_hh)
+      weight_gradient(d.H, d.H, {gates_at(0, last_x_slot), D * d.H}, through_stage,
+                      call.dw_hh + F::product_gates * d.H * d.R);
+    if (projects && call.dw_hr) weight_gradient(d.R, d.H, {d_out, d.R}, through_stage, call.dw_hr);
+    if (call.db_ih || call.db_hh) sum_columns(gates, rows.count, D * d.H);
+    const Index sums_of_gates = ceil_div(rows.count, kRowsOfASum);
+    if (call.db_ih) add_columns(sums_of_gates, D * d.H, F::x_block * d.H, G * d.H, turn, call.db_ih);
+    if (call.db_hh) add_columns(sums_of_gates, D * d.H, F::h_block * d.H, G * d.H, 0, call.db_hh);
+    if (unit_sums) {
+      sum_columns(unit_sums, d.N, U * d.H);
+      add_columns(ceil_div(d.N, kRowsOfASum), U * d.H, 0, U * d.H, 0, call.dw_unit);
+    }
+  }
+  void sum_columns(const T* numbers, Index count, Index columns) const {
+    if (!count) return;
+    const LaunchShape shape{dim3(unsigned(ceil_div(columns, kSumColumns)), unsigned(ceil_div(count, kRowsOfASum))),
+                            dim3(kSumColumns, kSumRows), kSumColumns * kSumRows * sizeof(T), false};
+    launch(column_sums<T>, shape, stream, numbers, count, columns, sums);
+  }
+  void add_columns(Index count, Index columns, Index first, Index size, Index turn, T* gradient) const {
+    each(add_sums<T>, 1, size, stream, sums, count, columns, first, size, turn, gradient);
+  }
+
+  void run() {
+    this->prepare();
+    start();
+    Index steps = 0;
+    while (this->live(steps) > 0) ++steps;
+    for (Index s = steps - 1; s >= 0; --s) step(s);
+    gradients_of_inputs_and_weights();
+    if (call.dh0) {
+      const InitialGradient<T> of_h{
+          walk, d.R, this->live(0), through_hidden(0), carry_h, restart_h, problem.h_mask != nullptr, call.dh0};
+      each(initial_gradient<T>, d.N, d.R, stream, of_h);
+    }
+    if (Cell::has_c && call.dc0) {
+      const InitialGradient<T> of_c{walk, d.H, 0, {}, carry_c, restart_c, false, call.dc0};
+      each(initial_gradient<T>, d.N, d.H, stream, of_c);
+    }
+  }
+};
+
+template <class Cell, class T> void forward(const Forward<T>& call, cudaStream_t stream) {
+  if (!call.problem.dims.N) return;
+  Arena arena(call.scratch);
+  ForwardPass<Cell, T>(call, arena, stream).run();
+}
+template <class Cell, class T> void backward(const Backward<T>& call, cudaStream_t stream) {
+  if (!call.problem.dims.N) return;
+  Arena arena(call.scratch);
+  BackwardPass<Cell, T>(call, arena, stream).run();
+}
+
+// Scratch as it is when everything is wanted, with a tape or without
+template <class Cell, class T> Sizes sizes(const Problem<T>& problem) {
+  T any;
+  Arena with(nullptr), without(nullptr), back(nullptr);
+  Forward<T> kept{};
+  kept.problem = problem;
+  const ForwardPass<Cell, T> f(kept, without, nullptr);
+  kept.saved = kept.states = &any;
+  (void)ForwardPass<Cell, T>(kept, with, nullptr);
+  Backward<T> everything{};
+  everything.problem = problem;
+  everything.dx = everything.dw_ih = everything.dw_hh = everything.dw_hr = everything.dw_unit = &any;
+  (void)BackwardPass<Cell, T>(everything, back, nullptr);
+  const std::size_t most = with.bytes() > without.bytes() ? with.bytes() : without.bytes();
+  return {std::size_t(f.saved_size()), std::size_t(Cell::has_c ? f.rows.count * f.d.H : 0), 0, most, back.bytes()};
+}
+
+}}  // namespace gatewise::cuda

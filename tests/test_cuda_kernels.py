@@ -1,0 +1,264 @@
+"""The CUDA kernels without a GPU: the source that ships, run by the tests' host runtime (tests/cuda_host), gives the
+reference's results on every kind of problem, and its float64 backward is the slope of its own forward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gatewise as gw
+import problems
+from cuda_host import build
+from gatewise.problems import gradients_of
+from problems import Inputs, Problem
+
+CELLS = list(problems.GATES)
+GIVEN = ["x", "w_ih", "w_hh", "b_ih", "b_hh", "w_unit", "w_hr", "h0", "c0", "h_mask", "dy", "dhn", "dcn"]
+RESULTS = ["y", "hn", "cn", "dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr"]
+Results = dict[str, np.ndarray]
+
+
+class Call(ctypes.Structure):
+    """`Call` of layer_driver.cu, member by member."""
+
+    _fields_ = (
+        [("cell", ctypes.c_char_p)]
+        + [(name, ctypes.c_int64) for name in ("is_double", "T", "N", "I", "H", "R", "G", "U", "rows")]
+        + [(name, ctypes.c_void_p) for name in (*GIVEN, "lengths", "reset")]
+        + [(name, ctypes.c_int64) for name in ("x_size", "x_start", "step_stride", "sequence_stride")]
+        + [(name, ctypes.c_int64) for name in ("reverse", "layout", "reset_to_zero", "drawn", "save", "trains")]
+        + [(name, ctypes.c_double) for name in ("zoneout_h", "zoneout_c", "cell_clip")]
+        + [("seed", ctypes.c_uint64)]
+        + [(name, ctypes.c_void_p) for name in RESULTS]
+    )
+
+
+class ProductCall(ctypes.Structure):
+    """`ProductCall` of layer_driver.cu, member by member."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("is_double", "tile", "a_by_k", "b_by_k", "M", "N", "K", "parts", "add")]
+        + [(name, ctypes.c_int64) for name in ("turn", "a_size", "b_size", "c_size")]
+        + [(name, ctypes.c_void_p) for name in ("a", "b", "bias", "a_at", "c_at", "c")]
+    )
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """The kernels and their driver as the host compiler builds them."""
+    if reason := build.missing():
+        pytest.skip(reason)
+    return ctypes.CDLL(str(build.build(build.HERE / "layer_driver.cu")))
+
+
+def called(function: Any, call: ctypes.Structure, arrays: dict[str, np.ndarray]) -> None:
+    """Lends the arrays to a function of the driver; its sentence, if it fails, is a RuntimeError."""
+    for name, array in arrays.items():
+        setattr(call, name, array.ctypes.data)
+    message = ctypes.create_string_buffer(1000)
+    if function(ctypes.byref(call), message, ctypes.c_size_t(1000)):
+        raise RuntimeError(message.value.decode())
+
+
+def span(x: np.ndarray) -> tuple[np.ndarray, int]:
+    """The memory that a view covers, and where in it the view starts, in elements."""
+    base = x if x.base is None or x.flags.c_contiguous else x.base
+    start = (x.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // x.itemsize
+    return np.ascontiguousarray(base), start
+
+
+def run(library: ctypes.CDLL, problem: Problem, inputs: Inputs) -> Results:
+    """What the CUDA kernels make of a problem: outputs, and the gradients that the reference has."""
+    facts, has = gw.cells()[problem.cell], problem.options.__contains__
+    options = problems.options_of(problem, inputs)
+    layout = 2 if has("packed") else 1 if has("batch") else 0
+    dtype, x = inputs.x.dtype, inputs.x
+    N, T, I, H, R, G = problem.N, problem.T, problem.I, problem.H, problem.R, facts["G"]
+    lengths = inputs.lengths
+    if inputs.batch_sizes is not None:
+        T = len(inputs.batch_sizes)
+        N = int(inputs.batch_sizes[0]) if T else 0
+        lengths = (inputs.batch_sizes[:, None] > np.arange(N)).sum(0)
+    strides = [stride // x.itemsize for stride in x.strides[:-1]]
+    step, sequence = (strides[0], 0) if layout == 2 else (strides[1], strides[0]) if layout == 1 else strides
+    memory, start = span(x)
+
+    alive: dict[str, np.ndarray] = {"x": memory}
+    alive |= {name: np.ascontiguousarray(a) for name in GIVEN[1:] if (a := getattr(inputs, name)) is not None}
+    if lengths is not None:
+        alive["lengths"] = np.ascontiguousarray(lengths, np.int64)
+    if inputs.reset is not None:
+        alive["reset"] = np.ascontiguousarray(inputs.reset, np.uint8)
+    results = {"y": np.full(inputs.dy.shape, np.nan, dtype), "hn": np.full((N, R), np.nan, dtype)}
+    if facts["has_c"]:
+        results["cn"] = np.full((N, H), np.nan, dtype)
+    for name, like in problems.truth(problem).items():
+        if name in RESULTS and name.startswith("d"):
+            overwritten = name in ("dx", "dh0", "dc0")
+            results[name] = np.full(like.shape, np.nan if overwritten else 0, dtype)
+
+    call = Call(
+        cell=problem.cell.encode(), is_double=dtype == np.float64, T=T, N=N, I=I, H=H, R=R, G=G, U=facts["U"],
+        rows=len(inputs.dy) if layout == 2 else T * N, x_size=memory.size, x_start=start, step_stride=step,
+        sequence_stride=sequence, reverse=has("reverse"), layout=layout, reset_to_zero=has("reset0"),
+        drawn=has("zoneout"), save=1 if has("states") else 2 if has("checkpoints") else 0, trains=problem.trains,
+        zoneout_h=options.get("zoneout_h", 0), zoneout_c=options.get("zoneout_c", 0),
+        cell_clip=options.get("cell_clip", np.inf), seed=options.get("seed", 0),
+    )  # fmt: skip
+    called(library.gatewise_run_layer, call, alive | results)
+    return results
+
+
+def check(library: ctypes.CDLL, problem: Problem) -> None:
+    results, exact = run(library, problem, problems.draw(problem)), problems.truth(problem)
+    own = {
+        name: exact[name].astype(results["y"].dtype) for name in ("gates", "c") if name in exact
+    }  # of the CPU's tape
+    problems.check(problem, results | own)
+
+
+TILES = ["large", "small", "tiny"]
+PRODUCTS = [(False, False), (False, True), (True, True)]  # A B^T, A B, A^T B
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("tile", TILES)
+def test_products(library: ctypes.CDLL, tile: str, dtype: str) -> None:
+    """Every tile, over its edges; rows named by an array and rotated ones; several parts; nothing else is written."""
+    rng, real = np.random.default_rng(0), problems.DTYPES[dtype]
+    sizes = {
+        "large": [(129, 65, 35), (5, 70, 16)],
+        "small": [(33, 31, 47), (64, 32, 1)],
+        "tiny": [(9, 5, 13), (1, 1, 1)],
+    }
+    for (M, N, K), (a_by_k, b_by_k), parts in itertools.product(sizes[tile], PRODUCTS, (1, 3)):
+        a, b = rng.standard_normal((K, M) if a_by_k else (M + 2, K)), rng.standard_normal((K, N) if b_by_k else (N, K))
+        a, b, bias = a.astype(real), b.astype(real), rng.standard_normal(N).astype(real)
+        rows, turn = K if a_by_k else M, len(b) // 2
+        a_at, c_at = rng.permutation(len(a))[:rows], rng.permutation(M + 3)[:M]
+        c = rng.standard_normal((M + 3, N)).astype(real)
+        adds, biased = parts > 1 or a_by_k, parts == 1
+        left, right = a[a_at].astype(np.float64), np.roll(b, -turn, 0).astype(np.float64)
+        exact = (left.T if a_by_k else left) @ (right if b_by_k else right.T) + biased * bias
+        expected = c.astype(np.float64)
+        expected[c_at] = exact + adds * expected[c_at]
+        call = ProductCall(
+            is_double=dtype == "f64", tile=TILES.index(tile), a_by_k=a_by_k, b_by_k=b_by_k, M=M, N=N, K=K,
+            parts=parts, add=adds, turn=turn, a_size=a.size, b_size=b.size, c_size=c.size,
+        )  # fmt: skip
+        lent = {"a": a, "b": b, "a_at": a_at, "c_at": c_at, "c": c} | ({"bias": bias} if biased else {})
+        called(library.gatewise_run_product, call, lent)
+        untouched = np.setdiff1d(np.arange(M + 3), c_at)
+        assert np.array_equal(c[untouched], expected[untouched].astype(real))
+        bound = 4 * np.sqrt(K + 1) * np.finfo(real).eps * np.abs(expected).max()
+        assert np.abs(c - expected).max() <= bound, (M, N, K, a_by_k, b_by_k, parts)
+
+
+# Tiles are 32 rows by 32 columns; a step's product has several parts from K = 256 on.
+SHAPES = ["T4,N3,I7,H17", "T1,N1,I1,H5", "T4,N33,I3,H33"]
+OPTIONS = [
+    *("train", "nobias", "h0,reverse", "lengths,h0", "lengths,reverse", "empty,h0", "infer,lengths,h0"),
+    *("reset,h0", "reset,reverse,lengths", "reset0,h0", "reset0,reverse,lengths,h0"),
+    *("mask,h0", "mask,reset,lengths", "zoneout,h0,lengths,reverse", "expected,h0", "clip,h0", "infer,zoneout,reset"),
+    *("project,h0", "project,mask,reset,lengths", "project,zoneout,reverse,h0", "infer,project,lengths"),
+    *("batch,lengths,h0", "packed,reverse,h0", "packed,reset", "strided,batch,reverse", "strided"),
+]
+SOME = [*(f"{shape}:h0" for shape in SHAPES), *(f"T5,N4,I3,H9:{options}" for options in OPTIONS)]
+SOME += [f"{shape}:lengths,h0" for shape in ("T0,N3,I2,H4", "T3,N0,I2,H4")]
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_problem(library: ctypes.CDLL, cell: str, dtype: str) -> None:
+    """In float32, which is the same source, some of them."""
+    for text in SOME if dtype == "f64" else SOME[::3]:
+        shape, options = text.split(":")
+        own = [option for option in options.split(",") if problems.fits(cell, [option])]
+        check(library, Problem.parse(f"{cell}:{shape}:{dtype}:{','.join(own) or 'train'}"))
+
+
+@pytest.mark.skipif(bool(build.missing("ptx")), reason=str(build.missing("ptx")))
+def test_what_nvcc_makes_of_the_kernels() -> None:
+    """Its PTX of one cell's layer, run in place of the source; every access to memory is checked."""
+    driver = build.build(build.HERE / "layer_driver.cu", mode="ptx", defines=["-DGATEWISE_CELLS=Lstm"])
+    library = ctypes.CDLL(str(driver))
+    for shape in SHAPES:
+        check(library, Problem.parse(f"lstm:{shape}:f32:h0"))
+    for options in OPTIONS:
+        check(library, Problem.parse(f"lstm:T5,N4,I3,H9:f64:{options}"))
+
+
+@pytest.mark.parametrize(("cell", "options"), [("gru", "h0"), ("gru_norm", "h0"), ("lstm", "project,h0")])
+def test_long_sums_in_parts(library: ctypes.CDLL, cell: str, options: str) -> None:
+    """K beyond the least part: products of a step and gradients of weights are sums of several parts."""
+    check(library, Problem.parse(f"{cell}:T2,N2,I3,H260:f64:{options}"))
+    check(library, Problem.parse(f"{cell}:T150,N4,I2,H8:f64:{options}"))
+
+
+def slope(f: Callable[[np.ndarray], float], at: np.ndarray, along: np.ndarray, step: float = 1e-5) -> float:
+    return (f(at + step * along) - f(at - step * along)) / (2 * step)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_is_the_slope_of_forward(library: ctypes.CDLL, cell: str) -> None:
+    """Finite differences of the float64 forward, along a random direction in every argument at a time."""
+    problem = Problem.parse(f"{cell}:T3,N2,I2,H8:f64:lengths,h0")
+    inputs = problems.draw(problem)
+    results = run(library, problem, inputs)
+    infer = Problem.parse(f"{cell}:T3,N2,I2,H8:f64:infer,lengths,h0")
+    rng = np.random.default_rng(0)
+
+    def loss(given: Inputs) -> float:
+        out = run(library, infer, given)
+        pairs = [(out["y"], inputs.dy), (out["hn"], inputs.dhn), (out.get("cn"), inputs.dcn)]
+        return sum(float(np.sum(a * da)) for a, da in pairs if a is not None and da is not None)
+
+    for name in gradients_of(problem):
+        argument: Any = getattr(inputs, name[1:])
+        along = rng.standard_normal(argument.shape)
+
+        def at(value: np.ndarray, name: str = name) -> float:
+            return loss(inputs._replace(**{name[1:]: value}))
+
+        expected = slope(at, argument, along)
+        assert abs(expected - np.sum(results[name] * along)) <= 1e-7 * (1 + abs(expected)), name
+
+
+def test_same_bits_in_any_batch(library: ctypes.CDLL) -> None:
+    """A row's outputs do not depend on how many others are computed with it, though tiles and grids do."""
+    problem = Problem.parse("lstm:T3,N37,I5,H9:f32:h0")
+    inputs = problems.draw(problem)
+    whole = run(library, problem, inputs)
+    one = inputs._replace(x=inputs.x[:, 5:6].copy(), dy=inputs.dy[:, 5:6].copy())
+    one = one._replace(**{name: getattr(inputs, name)[5:6].copy() for name in ("h0", "c0", "dhn", "dcn")})
+    alone = run(library, Problem.parse("lstm:T3,N1,I5,H9:f32:h0"), one)
+    for name in ("y", "dx"):
+        assert np.array_equal(whole[name][:, 5:6], alone[name]), name
+    for name in ("hn", "cn", "dh0", "dc0"):
+        assert np.array_equal(whole[name][5:6], alone[name]), name
+
+
+def test_what_is_not_there_is_said(library: ctypes.CDLL) -> None:
+    problem = Problem.parse("lstm:T2,N2,I2,H3:f32:checkpoints")
+    with pytest.raises(RuntimeError, match="save: the CUDA kernels keep all"):
+        run(library, problem, problems.draw(problem))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_norm"])
+def test_same_bits_in_any_order_of_threads(library: ctypes.CDLL, cell: str) -> None:
+    problem = Problem.parse(f"{cell}:T3,N4,I5,H9:f32:lengths,reset,h0")
+    inputs = problems.draw(problem)
+    expected = run(library, problem, inputs)
+    try:
+        for schedule in (b"reverse", b"random:1", b"random:2"):
+            library.cuda_host_schedule(schedule)
+            results = run(library, problem, inputs)
+            assert all(np.array_equal(results[name], expected[name]) for name in expected), schedule
+    finally:
+        library.cuda_host_schedule(b"forward")
