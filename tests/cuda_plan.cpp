@@ -7,6 +7,7 @@
 #define HAS_OCCUPANCY 1
 #endif
 
+using namespace gatewise;
 using namespace gatewise::cuda;
 
 extern "C" {

@@ -33,7 +33,6 @@ struct Range {
 inline Range share(Index n, int id, int parts) { return {n * id / parts, n * (id + 1) / parts}; }
 constexpr Index least(Index a, Index b) { return a < b ? a : b; }
 inline Index between(Index low, Index x, Index high) { return x < low ? low : least(x, high); }
-inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 template <class T> Index length_of(const Problem<T>& p, Index n) {
   return p.sequence.lengths ? p.sequence.lengths[n] : p.dims.T;

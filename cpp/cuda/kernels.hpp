@@ -4,13 +4,28 @@
 #pragma once
 #include "device.hpp"
 #include "gatewise/gatewise.hpp"
+#include "plan.hpp"
 
 namespace gatewise::cuda {
 
+// How the steps are run. The plan decides (plan.hpp), unless a caller, as a test or a benchmark, does: persistent then
+// throws std::invalid_argument with the plan's reason where it does not fit.
+enum class Loop { planned, persistent, stepwise };
+
+// What the operands of the recurrent product are rounded to, so that tensor cores can multiply them. Sums are float's
+// always; double's products are never rounded.
+enum class Operands { exact, tf32, bf16 };
+
+struct Execution {
+  DeviceLimits device;  // of the stream's device
+  Loop loop = Loop::planned;
+  Operands operands = Operands::exact;
+};
+
 template <class T> struct CellKernels {
-  Sizes (*sizes)(const Problem<T>&);
-  void (*forward)(const Forward<T>&, cudaStream_t);
-  void (*backward)(const Backward<T>&, cudaStream_t);
+  Sizes (*sizes)(const Problem<T>&, const Execution&);
+  void (*forward)(const Forward<T>&, const Execution&, cudaStream_t);
+  void (*backward)(const Backward<T>&, const Execution&, cudaStream_t);
 };
 struct Kernels {
   const char* cell;

@@ -128,7 +128,7 @@ template <class T> struct StepProduct {
   T* numbers;  // [parts][rows][N]
 
   StepProduct(Arena& arena, Index N, Index K, Index rows)
-      : N(N), K(K), rows(rows), of(ceil_divide(N, SmallTile<T>::columns), K, 128),
+      : N(N), K(K), rows(rows), of(ceil_div(N, SmallTile<T>::columns), K, 128),
         numbers(arena.take<T>(of.count * rows * N)) {}
   Parts<T> result() const { return {numbers, N, rows * N, of.count}; }
   template <bool b_by_k> Parts<T> run(Index live, RowsAt<const T> a, RowsAt<const T> b, cudaStream_t stream) const {
@@ -297,7 +297,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
 
   // Gradients of weights are sums over all rows, in some parts where the matrix is small
   PartsOf parts_of(Index M, Index N) const {
-    return PartsOf(ceil_divide(M, SmallTile<T>::rows) * ceil_divide(N, SmallTile<T>::columns), rows.count, 256);
+    return PartsOf(ceil_div(M, SmallTile<T>::rows) * ceil_div(N, SmallTile<T>::columns), rows.count, 256);
   }
   Index parts_size(Index M, Index N) const {
     const Index parts = M * N > 0 ? parts_of(M, N).count : 0;
@@ -427,19 +427,19 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   }
 };
 
-template <class Cell, class T> void forward(const Forward<T>& call, cudaStream_t stream) {
+template <class Cell, class T> void forward(const Forward<T>& call, const Execution&, cudaStream_t stream) {
   if (!call.problem.dims.N) return;
   Arena arena(call.scratch);
   ForwardPass<Cell, T>(call, arena, stream).run();
 }
-template <class Cell, class T> void backward(const Backward<T>& call, cudaStream_t stream) {
+template <class Cell, class T> void backward(const Backward<T>& call, const Execution&, cudaStream_t stream) {
   if (!call.problem.dims.N) return;
   Arena arena(call.scratch);
   BackwardPass<Cell, T>(call, arena, stream).run();
 }
 
 // Scratch as it is when everything is wanted, with a tape or without
-template <class Cell, class T> Sizes sizes(const Problem<T>& problem) {
+template <class Cell, class T> Sizes sizes(const Problem<T>& problem, const Execution&) {
   T any;
   Arena with(nullptr), without(nullptr), back(nullptr);
   Forward<T> kept{};

@@ -13,12 +13,11 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <tuple>
 
-namespace gatewise::cuda {
+#include "gatewise/gatewise.hpp"
 
-using Index = std::int64_t;
+namespace gatewise::cuda {
 
 // cudaDeviceProp has all of it.
 struct DeviceLimits {
@@ -105,7 +104,6 @@ constexpr Index cell_slots = 8;  // cells whose state a thread keeps, for the sa
 constexpr Index max_registers = 255;
 constexpr Index padded_row_bytes = fragment_row_bytes + 16;  // staged rows 80 bytes apart: 8 of them in 8 x 4 banks
 
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 // How many blocks of a kernel are resident on one multiprocessor, as the hardware allocates. 0: it cannot be launched.

@@ -166,8 +166,6 @@ template <class T, class Tile, bool a_by_k, bool b_by_k> __global__ void __launc
   }
 }
 
-constexpr Index ceil_divide(Index a, Index b) { return (a + b - 1) / b; }
-
 // The element of a [rows, columns] array that is a thread's, of a grid made by pointwise(). No division finds it.
 struct Element {
   Index row = Index(blockIdx.x) * blockDim.y + threadIdx.y, column = Index(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -177,8 +175,7 @@ struct Element {
 inline LaunchShape pointwise(Index rows, Index columns) {
   constexpr unsigned threads = 128;
   const unsigned across = columns <= 32 ? 32 : columns <= 64 ? 64 : threads, along = threads / across;
-  return {dim3(unsigned(ceil_divide(rows, along)), unsigned(ceil_divide(columns, across))), dim3(across, along), 0,
-          false};
+  return {dim3(unsigned(ceil_div(rows, along)), unsigned(ceil_div(columns, across))), dim3(across, along), 0, false};
 }
 
 // Parts [count][M][N] of C, one after another, added to what it holds
@@ -198,19 +195,19 @@ struct PartsOf {
   int count, k;
   PartsOf(Index tiles, Index K, Index least_k) {
     constexpr Index wanted = 128, most = 32;
-    Index parts = ceil_divide(wanted, tiles < 1 ? 1 : tiles);
+    Index parts = ceil_div(wanted, tiles < 1 ? 1 : tiles);
     if (parts > K / least_k) parts = K / least_k;
     if (parts > most) parts = most;
     if (parts < 1) parts = 1;
-    k = int(ceil_divide(ceil_divide(K, parts), 16) * 16);  // no range is cut within a slab
-    count = K > 0 ? int(ceil_divide(K, k)) : 1;
+    k = int(ceil_div(ceil_div(K, parts), 16) * 16);  // no range is cut within a slab
+    count = K > 0 ? int(ceil_div(K, k)) : 1;
   }
 };
 
 template <class Tile, bool a_by_k, bool b_by_k, class T> void multiply_by(const Product<T>& p, cudaStream_t stream) {
   using A = Loader<T, Tile::rows, Tile::depth, Tile::threads, a_by_k>;
   using B = Loader<T, Tile::columns, Tile::depth, Tile::threads, b_by_k>;
-  const dim3 grid(unsigned(ceil_divide(p.M, Tile::rows)), unsigned(ceil_divide(p.N, Tile::columns)), unsigned(p.parts));
+  const dim3 grid(unsigned(ceil_div(p.M, Tile::rows)), unsigned(ceil_div(p.N, Tile::columns)), unsigned(p.parts));
   launch(multiply<T, Tile, a_by_k, b_by_k>, {grid, dim3(Tile::threads), 2 * (A::size + B::size) * sizeof(T), false},
          stream, p);
 }
@@ -220,7 +217,7 @@ template <bool a_by_k, bool b_by_k, class T> void multiply_rows(Product<T> p, cu
   if (p.M <= 0 || p.N <= 0) return;
   if (p.parts == 1) p.part_k = p.K;
   constexpr Index enough = 96;  // blocks of the large tile
-  const Index large = ceil_divide(p.M, LargeTile<T>::rows) * ceil_divide(p.N, LargeTile<T>::columns) * p.parts;
+  const Index large = ceil_div(p.M, LargeTile<T>::rows) * ceil_div(p.N, LargeTile<T>::columns) * p.parts;
   if (p.M > SmallTile<T>::rows && large >= enough) multiply_by<LargeTile<T>, a_by_k, b_by_k>(p, stream);
   else multiply_by<SmallTile<T>, a_by_k, b_by_k>(p, stream);
 }

@@ -89,7 +89,8 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
   p.zoneout = {c.zoneout_h, c.zoneout_c, c.drawn != 0, c.seed};
   p.cell_clip = T(c.cell_clip);
   p.save = Save(c.save);
-  const Sizes sizes = kernels.sizes(p);
+  const Execution execution{};
+  const Sizes sizes = kernels.sizes(p, execution);
 
   Forward<T> f{};
   f.problem = p;
@@ -100,7 +101,7 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
     if (c.cn) f.states = static_cast<T*>(device.take(sizes.states * sizeof(T)));
   }
   f.scratch = device.take(sizes.forward_scratch);
-  kernels.forward(f, stream);
+  kernels.forward(f, execution, stream);
 
   if (c.trains) {
     Backward<T> b{};
@@ -113,7 +114,7 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
     b.db_ih = device.result<T>(c.db_ih, gates, true), b.db_hh = device.result<T>(c.db_hh, gates, true);
     b.dw_unit = device.result<T>(c.dw_unit, c.U * c.H, true), b.dw_hr = device.result<T>(c.dw_hr, c.R * c.H, true);
     b.scratch = device.take(sizes.backward_scratch);
-    kernels.backward(b, stream);
+    kernels.backward(b, execution, stream);
   }
   GATEWISE_CUDA_CHECK(cudaStreamSynchronize(stream));
   device.fetch();
@@ -149,7 +150,7 @@ template <class T> void run_product(const ProductCall& c) {
   p.c = to, p.bias = device.send<T>(c.bias, c.N), p.add = c.add != 0;
   p.parts = 1, p.part_k = p.K;
   if (c.parts > 1) {
-    p.part_k = int(ceil_divide(c.K, c.parts)), p.parts = int(ceil_divide(c.K, p.part_k)), p.part_stride = c.M * c.N;
+    p.part_k = int(ceil_div(c.K, c.parts)), p.parts = int(ceil_div(c.K, p.part_k)), p.part_stride = c.M * c.N;
     p.c = {static_cast<T*>(device.take(std::size_t(p.parts * c.M * c.N) * sizeof(T))), c.N}, p.add = false;
   }
   if (c.tile == 0) multiply_by_any<LargeTile<T>>(p, c.a_by_k, c.b_by_k);

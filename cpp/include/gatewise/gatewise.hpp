@@ -11,6 +11,7 @@
 namespace gatewise {
 
 using Index = std::int64_t;
+constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 struct Dims { Index T, N, I, H, R; };
 
