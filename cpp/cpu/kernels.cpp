@@ -45,15 +45,9 @@ template <class T> constexpr Functions<T> functions() {
 template <class Cell, class T> constexpr CellKernels<T> cell_kernels() {
   return {sizes<Cell, T>, pack_weights<Cell, T>, forward<Cell, T>, backward<Cell, T>};
 }
-constexpr const char* middle_name(Middle middle) {
-  return middle == Middle::product ? "product" : middle == Middle::norm ? "norm" : "none";
-}
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {
-  static constexpr Kernels rows[] = {{{Cell::name, Cell::G, Cell::S, Cell::U, Cell::has_c, Cell::split,
-                                       Cell::has_product, Cell::normed, middle_name(Cell::middle)},
-                                      cell_kernels<Cell, float>(),
-                                      cell_kernels<Cell, double>()}...};
+  static constexpr Kernels rows[] = {{info_of<Cell>(), cell_kernels<Cell, float>(), cell_kernels<Cell, double>()}...};
 };
 
 }  // namespace

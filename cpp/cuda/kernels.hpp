@@ -28,7 +28,7 @@ template <class T> struct CellKernels {
   void (*backward)(const Backward<T>&, const Execution&, cudaStream_t);
 };
 struct Kernels {
-  const char* cell;
+  CellInfo info;
   CellKernels<float> f32;
   CellKernels<double> f64;
 };  // one row a cell

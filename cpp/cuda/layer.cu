@@ -9,7 +9,7 @@ namespace {
 template <class List> struct Table;
 template <class... Cell> struct Table<List<Cell...>> {
   static constexpr Kernels rows[sizeof...(Cell)] = {
-      {Cell::name,
+      {info_of<Cell>(),
        {sizes<Cell, float>, forward<Cell, float>, backward<Cell, float>},
        {sizes<Cell, double>, forward<Cell, double>, backward<Cell, double>}}...};
 };

@@ -174,7 +174,7 @@ extern "C" int gatewise_run_product(const ProductCall* call, char* message, std:
 // 0, or 1 with a sentence in message [size]
 extern "C" int gatewise_run_layer(const Call* call, char* message, std::size_t size) try {
   for (const Kernels* k = kernels().begin; k != kernels().end; ++k)
-    if (!std::strcmp(k->cell, call->cell)) {
+    if (!std::strcmp(k->info.name, call->cell)) {
       call->is_double ? run(*call, k->f64) : run(*call, k->f32);
       return 0;
     }

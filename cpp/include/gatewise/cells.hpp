@@ -25,6 +25,7 @@
 // V is float or double, a SIMD register, or a dual number (the test of each backward against its forward).
 // To add a cell: write it here, append it to `Cells`, and write its scalar twin in python/gatewise/reference.py.
 #pragma once
+#include "gatewise/gatewise.hpp"
 #include "gatewise/math.hpp"
 
 namespace gatewise { inline namespace GATEWISE_ARCH {
@@ -379,5 +380,19 @@ using Cells = List<GATEWISE_CELLS>;
 using Cells = List<RnnTanh, RnnRelu, Lstm, LstmPeephole, LstmCoupled, LstmNorm, Gru, GruResetBefore, GruNorm,
                    IndRnnRelu, IndRnnTanh>;
 #endif
+
+template <class Cell> constexpr CellInfo info_of() {
+  return {Cell::name,
+          Cell::G,
+          Cell::S,
+          Cell::U,
+          Cell::has_c,
+          Cell::split,
+          Cell::has_product,
+          Cell::normed,
+          Cell::middle == Middle::product ? "product"
+          : Cell::middle == Middle::norm  ? "norm"
+                                          : "none"};
+}
 
 }}  // namespace gatewise::GATEWISE_ARCH
