@@ -176,6 +176,7 @@ std::size_t shared_limit = 227 << 10;  // of a block that asked for more than th
 constexpr std::size_t shared_default = 48 << 10, shared_reserved = 1 << 10;
 constexpr int threads_per_multiprocessor = 2048, threads_per_block = 1024, blocks_limit = 32;
 unsigned long long switches;
+std::FILE* record;  // where launches are written down instead of run, or null
 
 // --- The state of a launch -------------------------------------------------------------------------------------------
 
@@ -1138,6 +1139,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
                                                           " blocks where " +
                                                           std::to_string(resident * multiprocessors) + " are resident");
 
+  if (record) {
+    Dl_info info;
+    if (!dladdr(kernel, &info) || !info.dli_sname)
+      return report(cudaErrorInvalidDeviceFunction, "a kernel without a name");
+    std::fprintf(record, "%s,%u,%u,%u,%llu,%zu,%d\n", info.dli_sname, g.x, g.y, g.z, (unsigned long long)threads,
+                 config.dynamicSmemBytes, int(cooperative));
+    return cudaSuccess;
+  }
   const std::size_t shared_bytes = config.dynamicSmemBytes + static_shared;
   return submit(config.stream, [=]() -> cudaError_t {
     Grid grid;
@@ -1159,6 +1168,10 @@ void cuda_host_schedule(const char* text) { schedule = Schedule::parse(text); }
 void cuda_host_device(int count, int shared_bytes_per_block) {
   multiprocessors = count;
   shared_limit = std::size_t(shared_bytes_per_block);
+}
+void cuda_host_record(const char* path) {
+  if (record) std::fclose(record);
+  record = path ? std::fopen(path, "w") : nullptr;
 }
 void cuda_host_deferred(int on) { deferred = on != 0; }
 unsigned long long cuda_host_switches() { return switches; }

@@ -378,5 +378,8 @@ extern "C" {
 void cuda_host_schedule(const char* schedule);
 void cuda_host_device(int multiprocessors, int shared_bytes_per_block);
 void cuda_host_deferred(int deferred);
+// Launches are not run but written to this file, a line each: the kernel's mangled name, the grid's three sizes,
+// threads of a block, bytes of dynamic shared memory, whether it is cooperative. Null: they are run again.
+void cuda_host_record(const char* path);
 unsigned long long cuda_host_switches();  // between fibres, so far
 }
