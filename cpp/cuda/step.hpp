@@ -52,17 +52,22 @@ template <class T> struct Walk {
   // Whether a reset at the very first step drops the initial state
   __device__ bool starts_from_zero(Index i) const { return !reset_to_initial && length[i] > 0 && restarts(0, i); }
 
+  // Unit k of the state that a sequence starts from, or restarts from
+  __device__ T start_h(bool restarted, Index i, Index k) const {
+    return h0 && (!restarted || reset_to_initial) ? h0[order[i] * R + k] : T(0);
+  }
+  __device__ T start_c(bool restarted, Index i, Index k) const {
+    return c0 && (!restarted || reset_to_initial) ? c0[order[i] * H + k] : T(0);
+  }
   // Unit k of the state before step s
   __device__ T previous_h(const T* y, Index s, Index i, Index k) const {
     const bool restarted = restarts(s, i);
-    if (s > 0 && !restarted) return y[place[row(s - 1, i)] * R + k];
-    return h0 && (!restarted || reset_to_initial) ? h0[order[i] * R + k] : T(0);
+    return s > 0 && !restarted ? y[place[row(s - 1, i)] * R + k] : start_h(restarted, i, k);
   }
   // c: that of position 0 after the step before
   __device__ T previous_c(const T* c, Index s, Index i, Index k) const {
     const bool restarted = restarts(s, i);
-    if (s > 0 && !restarted) return c[i * H + k];
-    return c0 && (!restarted || reset_to_initial) ? c0[order[i] * H + k] : T(0);
+    return s > 0 && !restarted ? c[i * H + k] : start_c(restarted, i, k);
   }
   __device__ T mask(Index i, Index k) const { return h_mask ? h_mask[order[i] * R + k] : T(1); }
 
@@ -132,23 +137,19 @@ template <class T> struct ForwardStep {
   bool to_stage;
 };
 
-template <class Cell, class T> __global__ void cell_forward(ForwardStep<T> p) {
+// The cell on one element: what the product gave, without its bias, and c before the step; the state after it
+template <class Cell, class T>
+__device__ State<T> element_forward(const ForwardStep<T>& p, Index i, Index k, T (&gh)[Cell::G], T c_before) {
   constexpr int G = Cell::G, S = Cell::S, U = Cell::U;
   const Walk<T>& walk = p.walk;
-  const Element e;
-  if (!e.in(p.live, walk.H)) return;
-  const Index i = e.row, k = e.column, H = walk.H;
-  T gx[G], gh[G], saved[S];
+  const Index H = walk.H;
+  T gx[G], saved[S];
   const T* const from = p.gx[i] + k;
-  for (int g = 0; g < G; ++g) {
-    gx[g] = from[g * H];
-    gh[g] = p.gh.numbers && g < Facts<Cell>::product_gates ? p.gh(i, g * H + k) : T(0);
-  }
+  for (int g = 0; g < G; ++g) gx[g] = from[g * H];
   if (Cell::split && p.b_hh_last) gh[G - 1] = gh[G - 1] + p.b_hh_last[k];
-  State<T> prev{T(0), T(0)};
+  State<T> prev{T(0), c_before};
   if (H == walk.R) prev.h = walk.previous_h(p.y, p.s, i, k);
   if (Cell::middle == Middle::product) prev.h = prev.h * walk.mask(i, k);
-  if (Cell::has_c) prev.c = walk.previous_c(p.c_before, p.s, i, k);
   State<T> next = Cell::forward(gx, gh, walk.template unit<U>(k), prev, saved);
   if (p.to_stage) p.middle[i * H + k] = next.h;
   if (walk.zoned()) {
@@ -158,10 +159,21 @@ template <class Cell, class T> __global__ void cell_forward(ForwardStep<T> p) {
   }
   if (!p.to_stage) p.y[walk.place[walk.row(p.s, i)] * H + k] = next.h;
   if (Cell::has_c) p.c_after[i * H + k] = next.c;
-  if (!p.saved.numbers) return;
+  if (!p.saved.numbers) return next;
   T* const kept = p.saved[i] + k;
   for (int n = 0; n < S; ++n)
     if (n != Cell::output_saved) kept[n * H] = saved[n];
+  return next;
+}
+template <class Cell, class T> __global__ void cell_forward(ForwardStep<T> p) {
+  const Walk<T>& walk = p.walk;
+  const Element e;
+  if (!e.in(p.live, walk.H)) return;
+  const Index i = e.row, k = e.column;
+  T gh[Cell::G];
+  for (int g = 0; g < Cell::G; ++g)
+    gh[g] = p.gh.numbers && g < Facts<Cell>::product_gates ? p.gh(i, g * walk.H + k) : T(0);
+  element_forward<Cell>(p, i, k, gh, Cell::has_c ? walk.previous_c(p.c_before, p.s, i, k) : T(0));
 }
 
 // h from what came back from the stage or the projection, [live, R]
@@ -242,12 +254,15 @@ template <class T> __device__ T send(T gradient, T* restarts, Index at) {
   return T(0);
 }
 
-// The gradient of h after the step, of all that reaches it
-template <class T> __device__ T total_dh(const BackwardStep<T>& p, Index i, Index k) {
+// What comes back from the next step through w_hh
+template <class T> __device__ T through_product(const BackwardStep<T>& p, Index i, Index k) {
+  return p.dh.numbers && i < p.fed ? p.dh(i, k) * p.walk.mask(i, k) : T(0);
+}
+// The gradient of h after the step, of all that reaches it: through the product, past it, from outside
+template <class T> __device__ T total_dh(const BackwardStep<T>& p, Index i, Index k, T through, T past) {
   const Walk<T>& walk = p.walk;
   const Index at = i * walk.R + k;
-  T dh = p.dh.numbers && i < p.fed ? p.dh(i, k) * walk.mask(i, k) : T(0);
-  dh = dh + p.carry_h[at];
+  T dh = through + past;
   if (walk.cut(p.s, i)) dh = send(dh, p.restart_h, at);
   return p.dy ? dh + p.dy[walk.place[walk.row(p.s, i)] * walk.R + k] : dh;
 }
@@ -266,7 +281,7 @@ template <class Cell, class T> __global__ void output_backward(BackwardStep<T> p
   const Element e;
   if (!e.in(p.live, walk.R)) return;
   const Index i = e.row, k = e.column, R = walk.R;
-  T total = total_dh(p, i, k), bypass = T(0);
+  T total = total_dh(p, i, k, through_product(p, i, k), p.carry_h[i * R + k]), bypass = T(0);
   if (walk.zoned()) {
     const T keep = walk.zoneout(p.s, i, k).h;
     bypass = keep * total, total = (T(1) - keep) * total;
@@ -286,15 +301,16 @@ template <class Cell, class T> __global__ void output_backward(BackwardStep<T> p
   p.carry_h[i * R + k] = bypass;
 }
 
-// The cell's backward; [live, H]
-template <class Cell, class T> __global__ void cell_backward(BackwardStep<T> p) {
+// The cell's backward on one element: what comes through the product, and the gradients that reach the state past it,
+// after the step. The same before it; the gates' gradients stay with the caller too.
+template <class Cell, class T> __device__ State<T> element_backward(const BackwardStep<T>& p, Index i, Index k,
+                                                                    T through, State<T> carry, T (&dgx)[Cell::G],
+                                                                    T (&dgh)[Cell::G]) {
   using F = Facts<Cell>;
   constexpr int G = Cell::G, S = Cell::S, U = Cell::U;
   const Walk<T>& walk = p.walk;
-  const Element e;
-  if (!e.in(p.live, walk.H)) return;
-  const Index i = e.row, k = e.column, H = walk.H;
-  T saved[S], dgx[G], dgh[G], dw[U ? U : 1];
+  const Index H = walk.H;
+  T saved[S], dw[U ? U : 1];
   const T* const kept = p.saved[i] + k;
   for (int n = 0; n < S; ++n) saved[n] = kept[n * H];
   T* const out = p.gates + i * F::D * H + k;
@@ -305,11 +321,11 @@ template <class Cell, class T> __global__ void cell_backward(BackwardStep<T> p) 
   const bool projects = H != walk.R;
   State<T> prev{T(0), T(0)}, grad{T(0), T(0)}, bypass{T(0), T(0)};
   if (!projects) prev.h = walk.previous_h(p.y, p.s, i, k);
-  grad.h = p.in_stage ? p.d_stage(i, k) : total_dh(p, i, k);
-  if (F::staged) bypass.h = p.carry_h[at];
+  grad.h = p.in_stage ? p.d_stage(i, k) : total_dh(p, i, k, through, carry.h);
+  if (F::staged) bypass.h = carry.h;
   if (Cell::has_c) {
     prev.c = walk.previous_c(p.c_before, p.s, i, k);
-    grad.c = p.carry_c[at];
+    grad.c = carry.c;
     if (walk.cut(p.s, i)) grad.c = send(grad.c, p.restart_c, at);
   }
   if (walk.zoned()) {
@@ -321,13 +337,25 @@ template <class Cell, class T> __global__ void cell_backward(BackwardStep<T> p) 
   prev.h = prev.h * mask;
   State<T> before = Cell::backward(saved, walk.template unit<U>(k), prev, grad, dgx, dgh, dw);
   before.h = before.h * mask;
-  if (!p.in_stage || F::staged) p.carry_h[at] = before.h + bypass.h;
-  if (Cell::has_c) p.carry_c[at] = before.c + bypass.c;
   for (int g = 0; g < G; ++g) out[F::x_slot(g) * H] = dgx[g];
   if (Cell::split) out[F::h_slot(G - 1) * H] = dgh[G - 1];
   if (Cell::normed)
     for (int g = 0; g < G; ++g) out[F::h_slot(g) * H] = dgh[g];
   add_unit<U>(p, i, k, dw, 0, F::cell_units);
+  return {before.h + bypass.h, before.c + bypass.c};
+}
+template <class Cell, class T> __global__ void cell_backward(BackwardStep<T> p) {
+  const Element e;
+  if (!e.in(p.live, p.walk.H)) return;
+  const Index i = e.row, k = e.column, at = i * p.walk.H + k;
+  T dgx[Cell::G], dgh[Cell::G];
+  // A projection's rows of carry_h are others, and wait for output_backward
+  const bool has_h = !p.in_stage || Facts<Cell>::staged;
+  const State<T> carry{has_h ? p.carry_h[at] : T(0), Cell::has_c ? p.carry_c[at] : T(0)};
+  const State<T> before =
+      element_backward<Cell>(p, i, k, p.in_stage ? T(0) : through_product(p, i, k), carry, dgx, dgh);
+  if (has_h) p.carry_h[at] = before.h;
+  if (Cell::has_c) p.carry_c[at] = before.c;
 }
 
 // Gradients of the initial state, [N, width] by sorted position into the caller's order: what comes through w_hh, past
