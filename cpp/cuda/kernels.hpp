@@ -22,6 +22,26 @@ struct Execution {
   Operands operands = Operands::exact;
 };
 
+// Of a device, asked one attribute at a time: cudaGetDeviceProperties() takes milliseconds.
+inline DeviceLimits device_limits(int device) {
+  const auto value = [&](cudaDeviceAttr attribute) {
+    int found = 0;
+    GATEWISE_CUDA_CHECK(cudaDeviceGetAttribute(&found, attribute, device));
+    return Index(found);
+  };
+  return {value(cudaDevAttrMultiProcessorCount),
+          value(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          value(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          value(cudaDevAttrMaxRegistersPerMultiprocessor),
+          value(cudaDevAttrMaxThreadsPerBlock),
+          value(cudaDevAttrMaxThreadsPerMultiProcessor),
+          value(cudaDevAttrMaxBlocksPerMultiprocessor),
+          value(cudaDevAttrWarpSize),
+          value(cudaDevAttrL2CacheSize),
+          value(cudaDevAttrComputeCapabilityMajor),
+          value(cudaDevAttrComputeCapabilityMinor)};
+}
+
 template <class T> struct CellKernels {
   Sizes (*sizes)(const Problem<T>&, const Execution&);
   void (*forward)(const Forward<T>&, const Execution&, cudaStream_t);

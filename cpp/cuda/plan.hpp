@@ -19,7 +19,7 @@
 
 namespace gatewise::cuda {
 
-// cudaDeviceProp has all of it.
+// Filled by device_limits() of kernels.hpp
 struct DeviceLimits {
   Index multiprocessors;
   Index shared_per_block;           // bytes, the most that a kernel may opt in to: sharedMemPerBlockOptin

@@ -1053,23 +1053,36 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   cudaDeviceProp p;
   if (const cudaError_t error = cudaGetDeviceProperties(&p, device); error != cudaSuccess) return error;
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = p.multiProcessorCount;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = p.major;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = p.minor;
-      break;
-    case cudaDevAttrCooperativeLaunch:
-      *value = p.cooperativeLaunch;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = int(p.sharedMemPerBlockOptin);
-      break;
-  }
+  const auto read = [&] {
+    switch (attribute) {
+      case cudaDevAttrMaxThreadsPerBlock:
+        return p.maxThreadsPerBlock;
+      case cudaDevAttrWarpSize:
+        return p.warpSize;
+      case cudaDevAttrMultiProcessorCount:
+        return p.multiProcessorCount;
+      case cudaDevAttrL2CacheSize:
+        return p.l2CacheSize;
+      case cudaDevAttrMaxThreadsPerMultiProcessor:
+        return p.maxThreadsPerMultiProcessor;
+      case cudaDevAttrComputeCapabilityMajor:
+        return p.major;
+      case cudaDevAttrComputeCapabilityMinor:
+        return p.minor;
+      case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+        return int(p.sharedMemPerMultiprocessor);
+      case cudaDevAttrMaxRegistersPerMultiprocessor:
+        return p.regsPerMultiprocessor;
+      case cudaDevAttrCooperativeLaunch:
+        return p.cooperativeLaunch;
+      case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        return int(p.sharedMemPerBlockOptin);
+      case cudaDevAttrMaxBlocksPerMultiprocessor:
+        return p.maxBlocksPerMultiProcessor;
+    }
+    return 0;
+  };
+  *value = read();
   return cudaSuccess;
 }
 
