@@ -1,6 +1,7 @@
 // The one door from Python arrays to pointers: borrow(). It checks everything about an array, once, and an error
 // names the argument, what was expected and what came. Nothing is copied, nothing is cast. A sentence is only put
-// together for an error: on the way through the door nothing is allocated.
+// together for an error: on the way through the door nothing is allocated. The door is that of a memory, the host's or
+// a device's (cuda_array.hpp), which opens what lies in it.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -46,6 +47,12 @@ struct DlTensor {
 
   static constexpr const char* kCapsule = "dltensor";  // begins with one, and keeps the tensor alive
   static constexpr std::int32_t kCpu = 1;
+
+  static bool read(py::handle object, DlTensor& tensor) {
+    if (!PyCapsule_IsValid(object.ptr(), kCapsule)) return false;
+    tensor = *py::reinterpret_borrow<py::capsule>(object).get_pointer<DlTensor>();
+    return true;
+  }
 
   // The format of an element as the buffer protocol writes it, '\0' if it is none of ours
   char format() const {
@@ -139,7 +146,7 @@ class Array {
              (view_->readonly ? 0 : Flags::NPY_ARRAY_WRITEABLE_);
     keep_shape(view_->shape, view_->strides);
   }
-  Array(const DlTensor& tensor, py::object owner)
+  Array(const DlTensor& tensor, py::object owner, bool writable = true)
       : data_(static_cast<char*>(tensor.data) + tensor.byte_offset), ndim_(tensor.ndim), item_(tensor.bits / 8),
         format_(tensor.format()), code_(tensor.code), owner_(std::move(owner)) {
     using Flags = py::detail::npy_api;
@@ -153,7 +160,7 @@ class Array {
     }
     const bool aligned = item_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % std::uintptr_t(item_) == 0;
     flags_ = (contiguous || dense == 0 ? Flags::NPY_ARRAY_C_CONTIGUOUS_ : 0) |
-             (aligned ? Flags::NPY_ARRAY_ALIGNED_ : 0) | Flags::NPY_ARRAY_WRITEABLE_;
+             (aligned ? Flags::NPY_ARRAY_ALIGNED_ : 0) | (writable ? Flags::NPY_ARRAY_WRITEABLE_ : 0);
     keep_shape(tensor.shape, strides);
   }
 
@@ -231,7 +238,7 @@ struct Expected {
 inline std::string describe_type(py::handle object) {
   if (py::hasattr(object, "__cuda_array_interface__"))
     return std::string(Py_TYPE(object.ptr())->tp_name) +
-           " on a CUDA device (no CUDA backend is built; copy it to the CPU first)";
+           " on a CUDA device, where a call runs if x is there, an array of CuPy, Numba or PyTorch";
   return Py_TYPE(object.ptr())->tp_name;
 }
 
@@ -245,42 +252,52 @@ inline std::string describe(py::handle object, const Array& array) {
   throw py::value_error(std::string(name) + ": expected " + expected + "; got " + got);
 }
 
-// Opens the array without looking at its shape or type.
-inline Array open(py::handle object, const char* name, const Expected& expected) {
-  const bool numpy = py::isinstance<py::array>(object);
-  DlTensor tensor;
-  const bool capsule = !numpy && PyCapsule_IsValid(object.ptr(), DlTensor::kCapsule);
-  if (capsule) tensor = *py::reinterpret_borrow<py::capsule>(object).get_pointer<DlTensor>();
-  const bool lent = capsule || (!numpy && TensorsAreArrays::read(object, tensor));
-  if (!numpy && !lent && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
-  if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
-    fail(name, expected.text(), "a masked array, whose mask would be ignored");
-  Array array;
-  if (numpy) {
-    array = Array(py::reinterpret_borrow<py::array>(object));
-  } else if (lent) {
-    if (tensor.device_type != DlTensor::kCpu) fail(name, expected.text(), "a tensor on another device than the CPU");
-    array = Array(tensor, py::reinterpret_borrow<py::object>(object));
-  } else {
-    auto view = std::make_unique<Py_buffer>();
-    if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-      PyErr_Clear();
-      fail(name, expected.text(), describe_type(object) + " that lends no buffer");
-    }
-    array = Array(std::move(view));
-  }
-  const bool refused = expected.writable && !array.writable();
-  const bool lies_well = array.contiguous() || (expected.strided && array.rows_contiguous());
-  if (lies_well && array.aligned() && !refused) return array;
-  if (lent && !capsule && !lies_well && !expected.writable)  // as its own framework's operations do
-    return open(object.attr("contiguous")(), name, expected);
+inline bool lies_well(const Array& array, const Expected& expected) {
+  return array.contiguous() || (expected.strided && array.rows_contiguous());
+}
+// Refuses an opened array that does not lie as it must.
+inline void check_memory(const Array& array, py::handle object, const char* name, const Expected& expected) {
+  const bool refused = expected.writable && !array.writable(), lies = lies_well(array, expected);
+  if (lies && array.aligned() && !refused) return;
   fail(name, expected.text(),
        describe(object, array) +
-           (lies_well          ? ""
+           (lies               ? ""
             : expected.strided ? ", last axis not contiguous"
                                : ", not C-contiguous") +
            (array.aligned() ? "" : ", not aligned") + (refused ? ", read-only" : ""));
 }
+
+// The memory of the process: arrays of NumPy's, buffers, and tensors
+struct Host {
+  // Opens the array without looking at its shape or type.
+  static Array open(py::handle object, const char* name, const Expected& expected) {
+    const bool numpy = py::isinstance<py::array>(object);
+    DlTensor tensor;
+    const bool capsule = !numpy && DlTensor::read(object, tensor);
+    const bool lent = capsule || (!numpy && TensorsAreArrays::read(object, tensor));
+    if (!numpy && !lent && !PyObject_CheckBuffer(object.ptr())) fail(name, expected.text(), describe_type(object));
+    if (std::strcmp(Py_TYPE(object.ptr())->tp_name, "MaskedArray") == 0)
+      fail(name, expected.text(), "a masked array, whose mask would be ignored");
+    Array array;
+    if (numpy) {
+      array = Array(py::reinterpret_borrow<py::array>(object));
+    } else if (lent) {
+      if (tensor.device_type != DlTensor::kCpu) fail(name, expected.text(), "a tensor on another device than the CPU");
+      array = Array(tensor, py::reinterpret_borrow<py::object>(object));
+    } else {
+      auto view = std::make_unique<Py_buffer>();
+      if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+        PyErr_Clear();
+        fail(name, expected.text(), describe_type(object) + " that lends no buffer");
+      }
+      array = Array(std::move(view));
+    }
+    if (lent && !capsule && !expected.writable && !lies_well(array, expected))  // as its own framework does
+      return open(object.attr("contiguous")(), name, expected);
+    check_memory(array, object, name, expected);
+    return array;
+  }
+};
 
 // Checks type and shape of an opened array.
 template <class T>
@@ -291,13 +308,22 @@ void check(const Array& array, py::handle object, const char* name, const Axes& 
   if (!fits) fail(name, Expected{Element<T>::name, axes, writable}.text(), describe(object, array));
 }
 
-template <class T> Array borrow(py::handle object, const char* name, const Axes& axes, bool writable = false) {
-  Array array = open(object, name, {Element<T>::name, axes, writable});
+template <class T, class Memory>
+Array borrow(Memory& memory, py::handle object, const char* name, const Axes& axes, bool writable = false) {
+  Array array = memory.open(object, name, {Element<T>::name, axes, writable});
   check<T>(array, object, name, axes, writable);
   return array;
 }
+template <class T> Array borrow(py::handle object, const char* name, const Axes& axes, bool writable = false) {
+  const Host host;
+  return borrow<T>(host, object, name, axes, writable);
+}
 
 // None stands for an array that is absent: zeros coming in, not wanted going out.
+template <class T, class Memory>
+Array borrow_optional(Memory& memory, py::handle object, const char* name, const Axes& axes, bool writable = false) {
+  return object.is_none() ? Array() : borrow<T>(memory, object, name, axes, writable);
+}
 template <class T> Array borrow_optional(py::handle object, const char* name, const Axes& axes, bool writable = false) {
   return object.is_none() ? Array() : borrow<T>(object, name, axes, writable);
 }

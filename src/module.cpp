@@ -4,16 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "call.hpp"
 #include "gatewise/random.hpp"
 #include "memory.hpp"
 #include "packed.hpp"
-#include "problem.hpp"
 #include "stream.hpp"
 
 namespace gatewise::binding { namespace {
@@ -27,31 +26,6 @@ const Arch& find_arch(const std::string& name) {
   }
   throw py::value_error("arch: expected one of " + known + "; got '" + name + "'");
 }
-
-// Every array that a pass writes or reads besides the problem's, in the shapes of this problem
-template <class T> struct Shapes {
-  const LayerProblem& p;
-  const Axis N_{"N", p.dims.N}, I_{"I", p.dims.I}, H_{"H", p.dims.H}, R_{p.projects() ? "R" : "H", p.dims.R};
-  const Axis G_{"H", p.kernels.info.G * p.dims.H, p.kernels.info.G};
-  const Axis U_{"H", p.kernels.info.U * p.dims.H, p.kernels.info.U};
-
-  Array out(py::handle o, const char* name, const Axes& axes) const { return borrow_optional<T>(o, name, axes, true); }
-  Array in(py::handle o, const char* name, const Axes& axes) const { return borrow_optional<T>(o, name, axes); }
-  // With a row for every step of every sequence
-  Array steps(py::handle o, const char* name, const Axis& last, bool writable) const {
-    return p.with_step_axes(last, [&](const Axes& axes) { return borrow_optional<T>(o, name, axes, writable); });
-  }
-  Array buffer(py::handle o, const char* name, std::size_t elements, bool writable) const {
-    return borrow_optional<T>(o, name, {{"elements", py::ssize_t(elements)}}, writable);
-  }
-};
-
-// Which parts of the tape there are for backward
-struct Kept {
-  bool saved, states;
-  explicit Kept(const LayerProblem& p, bool tape = true)
-      : saved(tape && p.save() == Save::all), states(tape && p.kernels.info.has_c) {}
-};
 
 // Scratch that this thread keeps from call to call, for fresh memory costs a page fault every 4 KB. Who uses it has
 // taken it out: a call within a call finds nothing, and makes its own.
@@ -114,18 +88,11 @@ int threads_for(const LayerProblem& p, const Threads& threads) {
 template <class T> void forward(const LayerProblem& p, py::handle y, py::handle hn, py::handle cn, py::handle saved,
                                 py::handle states, void* scratch, int threads, py::handle ticks, PackedWeights* kept,
                                 Index promise) {
-  const Shapes<T> s{p};
-  const bool has_c = p.kernels.info.has_c;
-  require(y, "y", true, ""), require(hn, "hn", true, "");
-  const Array y_ = s.steps(y, "y", s.R_, true), hn_ = s.out(hn, "hn", {s.N_, s.R_}),
-              cn_ = s.out(cn, "cn", {s.N_, s.H_}), saved_ = s.buffer(saved, "saved", p.sizes.saved, true),
-              states_ = s.buffer(states, "states", p.sizes.states, true), ticks_ = borrow_ticks(ticks);
-  require(cn, "cn", has_c, kNoC);
-  if (p.save() != Save::all) require(saved, "saved", false, kNotKept);
-  if (!has_c) require(states, "states", false, kNoC);
-  else if (p.save() == Save::all) require(states, "states", !saved.is_none(), kNoTape);
-  Forward<T> call{p.problem<T>(),    y_.data<T>(), hn_.data<T>(), cn_.data<T>(), saved_.data<T>(),
-                  states_.data<T>(), scratch,      threads,       nullptr,       ticks_of(ticks_)};
+  Host host;
+  const ForwardArrays<T> arrays(p, host, p.sizes, y, hn, cn, saved, states);
+  const Array ticks_ = borrow_ticks(ticks);
+  Forward<T> call = arrays.call(p.problem<T>(), scratch, threads);
+  call.ticks = ticks_of(ticks_);
   const WhileComputing others_may_run(p.is_tiny());
   std::shared_ptr<const PackedWeights::Packed> packed;
   if (kept && PackedWeights::pays(p, promise)) packed = kept->of<T>(p, promise), call.packed = packed->packed.get();
@@ -133,70 +100,14 @@ template <class T> void forward(const LayerProblem& p, py::handle y, py::handle 
   p.cell<T>().forward(call);
 }
 
-// The gradients, in the order of functional.Gradients
-enum Gradient : std::size_t { kDx, kDh0, kDc0, kDw_ih, kDw_hh, kDb_ih, kDb_hh, kDw_unit, kDw_hr, kGradientCount };
-constexpr const char* kGradients[] = {"dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_unit", "dw_hr"};
-using GradientArrays = std::array<py::object, kGradientCount>;
-
-// Why the problem has no such thing, or null if it has
-inline const char* has_no(const LayerProblem& p, std::size_t gradient) {
-  const CellInfo& info = p.kernels.info;
-  switch (gradient) {
-    case kDc0:
-      return info.has_c ? nullptr : kNoC;
-    case kDw_hh:
-      return info.has_product ? nullptr : kNoProduct;
-    case kDb_ih:
-    case kDb_hh:
-      return info.normed ? kInUnit : nullptr;
-    case kDw_unit:
-      return info.U ? nullptr : kNoUnit;
-    case kDw_hr:
-      return p.projects() ? nullptr : kNoProjection;
-    default:
-      return nullptr;
-  }
-}
-
 template <class T> void backward(const LayerProblem& p, py::handle y, py::handle saved, py::handle states,
                                  py::handle dy, py::handle dhn, py::handle dcn, const GradientArrays& out,
                                  void* scratch, int threads, py::handle ticks) {
-  const Shapes<T> s{p};
-  const Kept kept(p);
-  const auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_unit, dw_hr] = out;
-  require(y, "y", true, "");
-  const Array y_ = s.steps(y, "y", s.R_, false), saved_ = s.buffer(saved, "saved", p.sizes.saved, false),
-              states_ = s.buffer(states, "states", p.sizes.states, false), dy_ = s.steps(dy, "dy", s.R_, false),
-              dhn_ = s.in(dhn, "dhn", {s.N_, s.R_}), dcn_ = s.in(dcn, "dcn", {s.N_, s.H_}),
-              dx_ = s.steps(dx, "dx", s.I_, true), dh0_ = s.out(dh0, "dh0", {s.N_, s.R_}),
-              dc0_ = s.out(dc0, "dc0", {s.N_, s.H_}), dw_ih_ = s.out(dw_ih, "dw_ih", {s.G_, s.I_}),
-              dw_hh_ = s.out(dw_hh, "dw_hh", {s.G_, s.R_}), db_ih_ = s.out(db_ih, "db_ih", {s.G_}),
-              db_hh_ = s.out(db_hh, "db_hh", {s.G_}), dw_unit_ = s.out(dw_unit, "dw_unit", {s.U_}),
-              dw_hr_ = s.out(dw_hr, "dw_hr", {s.R_, s.H_}), ticks_ = borrow_ticks(ticks);
-  require(saved, "saved", kept.saved, kNotKept);
-  require(states, "states", kept.states, kNoC);
-  if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
-  for (std::size_t i = 0; i < kGradientCount; ++i)
-    if (const char* reason = has_no(p, i)) require(out[i], kGradients[i], false, reason);
-  const Backward<T> call{p.problem<T>(),
-                         y_.data<const T>(),
-                         saved_.data<const T>(),
-                         states_.data<const T>(),
-                         dy_.data<const T>(),
-                         dhn_.data<const T>(),
-                         dcn_.data<const T>(),
-                         dx_.data<T>(),
-                         dh0_.data<T>(),
-                         dc0_.data<T>(),
-                         dw_ih_.data<T>(),
-                         dw_hh_.data<T>(),
-                         db_ih_.data<T>(),
-                         db_hh_.data<T>(),
-                         dw_unit_.data<T>(),
-                         dw_hr_.data<T>(),
-                         scratch,
-                         threads,
-                         ticks_of(ticks_)};
+  Host host;
+  const BackwardArrays<T> arrays(p, host, p.sizes, y, saved, states, dy, dhn, dcn, out);
+  const Array ticks_ = borrow_ticks(ticks);
+  Backward<T> call = arrays.call(p.problem<T>(), scratch, threads);
+  call.ticks = ticks_of(ticks_);
   const WhileComputing others_may_run(p.is_tiny());
   p.cell<T>().backward(call);
 }
@@ -223,7 +134,7 @@ py::tuple run_forward(py::handle cell, py::handle x, py::handle w_ih, py::handle
     using E = decltype(zero);
     const auto [Ts, N, I, H, R] = p.dims;
     const py::object y = empty_steps<E>(p, R), hn = empty<E>({N, R});
-    const py::object cn = p.kernels.info.has_c ? empty<E>({N, H}) : py::none();
+    const py::object cn = p.info.has_c ? empty<E>({N, H}) : py::none();
     const py::object saved = tape.saved ? empty<E>({py::ssize_t(p.sizes.saved)}) : py::none();
     const py::object states = tape.states ? empty<E>({py::ssize_t(p.sizes.states)}) : py::none();
     Scratch scratch(p.sizes.forward_scratch);
@@ -240,7 +151,7 @@ py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py
   const auto run = [&](auto zero) {
     using E = decltype(zero);
     const auto [Ts, N, I, H, R] = p.dims;
-    const py::ssize_t rows = p.kernels.info.G * H, own = p.kernels.info.U * H;
+    const py::ssize_t rows = p.info.G * H, own = p.info.U * H;
     GradientArrays out;
     for (std::size_t i = 0; i < kGradientCount; ++i) {
       const bool is_wanted = wanted.is_none() || PySequence_Contains(wanted.ptr(), py::str(kGradients[i]).ptr()) == 1;
@@ -287,10 +198,11 @@ py::tuple run_backward(const LayerProblem& p, py::handle y, py::handle saved, py
 
 // The gradients that come in, for backends that do not go through backward
 template <class T> void check_incoming(const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {
-  const Shapes<T> s{p};
+  Host host;
+  const Shapes<T, Host> s{p, host};
   s.steps(dy, "dy", s.R_, false), s.in(dhn, "dhn", {s.N_, s.R_});
   s.in(dcn, "dcn", {s.N_, s.H_});
-  if (!p.kernels.info.has_c) require(dcn, "dcn", false, kNoC);
+  if (!p.info.has_c) require(dcn, "dcn", false, kNoC);
 }
 
 // x with every number zeroed with probability p, the others divided by 1 - p: in the layouts of a layer's x. The mask
@@ -330,7 +242,7 @@ py::object dropout(py::handle x, py::handle p, py::handle seed, py::handle same,
   const Axes axes[] = {{{"T", -1}, {"N", -1}, {"width", -1}}, {{"rows", -1}, {"width", -1}}};
   const Axes& expected = axes[!batch_sizes.is_none()];
   std::vector<Index> sizes;
-  const Array array = open(x, "x", {"float32 or float64", expected, false, true});
+  const Array array = Host::open(x, "x", {"float32 or float64", expected, false, true});
   array.is("d") ? check<double>(array, x, "x", expected) : check<float>(array, x, "x", expected);
   if (!batch_sizes.is_none()) {
     sizes = read_batch_sizes(batch_sizes);
@@ -354,7 +266,7 @@ template <class T> void run_map(const Functions<T>& functions, const std::string
 py::object evaluate(const std::string& function, py::object x, const std::string& arch) {
   const ArchKernels& kernels = *find_arch(arch).kernels;
   const py::object y = py::module_::import("numpy").attr("empty_like")(x);
-  const Array array = open(x, "x", {"float32 or float64", {{"elements", -1}}, false});
+  const Array array = Host::open(x, "x", {"float32 or float64", {{"elements", -1}}, false});
   array.is("d") ? run_map(kernels.f64, function, x, y) : run_map(kernels.f32, function, x, y);
   return y;
 }
@@ -441,7 +353,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("mix64", [](std::uint64_t z) { return mix64(z); }, py::arg("z"));
   m.def("fma_rate", &fma_rate, py::arg("arch"), py::arg("dtype"), py::arg("seconds"));
 
-  py::class_<LayerProblem>(m, "Problem")
+  py::class_<LayerProblem> problem(m, "Problem");
+  describe_problem(problem);
+  problem
       .def(py::init([](py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih,
                        py::handle b_hh, py::handle h0, py::handle c0, py::handle lengths, py::handle reverse,
                        py::handle extras, py::handle tensors) {
@@ -451,32 +365,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
            py::arg("cell"), py::arg("x"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"), py::arg("b_hh"),
            py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reverse"), py::arg("extras") = py::none(),
            py::arg("tensors") = py::none())
-      .def_property_readonly("cell", [](const LayerProblem& p) { return p.kernels.info.name; })
       .def_property_readonly("arch", [](const LayerProblem& p) { return p.arch.name; })
-      .def_property_readonly("dtype", [](const LayerProblem& p) { return p.is_double ? "float64" : "float32"; })
-      .def_property_readonly("T", [](const LayerProblem& p) { return p.dims.T; })
-      .def_property_readonly("N", [](const LayerProblem& p) { return p.dims.N; })
-      .def_property_readonly("I", [](const LayerProblem& p) { return p.dims.I; })
-      .def_property_readonly("H", [](const LayerProblem& p) { return p.dims.H; })
-      .def_property_readonly("R", [](const LayerProblem& p) { return p.dims.R; })
-      .def_property_readonly("U", [](const LayerProblem& p) { return p.kernels.info.U; })
-      .def_property_readonly("G", [](const LayerProblem& p) { return p.kernels.info.G; })
-      .def_property_readonly("S", [](const LayerProblem& p) { return p.kernels.info.S; })
-      .def_property_readonly("has_c", [](const LayerProblem& p) { return p.kernels.info.has_c; })
       .def_property_readonly("lanes", &LayerProblem::lanes)
-      .def_property_readonly("rows", &LayerProblem::count_rows)
-      .def_property_readonly("sizes",
-                             [](const LayerProblem& p) {
-                               const Sizes& s = p.sizes;
-                               return py::make_tuple(s.saved, s.states, s.forward_scratch, s.backward_scratch);
-                             })
-      .def(
-          "write_rows",
-          [](const LayerProblem& p, py::handle rows) {
-            const Array out = borrow<Index>(rows, "rows", {{"rows", p.count_rows()}}, true);
-            p.typed([&](auto zero) { row_order(p.problem<decltype(zero)>(), out.data<Index>()); });
-          },
-          py::arg("rows"))
       .def(
           "check_incoming",
           [](const LayerProblem& p, py::handle dy, py::handle dhn, py::handle dcn) {

@@ -85,12 +85,12 @@ class PackedWeights {
   };
   template <class T> static std::array<Span<T>, kWeights> weights_of(const LayerProblem& p) {
     const Weights<T> w = p.problem<T>().weights;
-    const std::size_t hidden = std::size_t(p.dims.H) * sizeof(T), rows = std::size_t(p.kernels.info.G) * hidden;
+    const std::size_t hidden = std::size_t(p.dims.H) * sizeof(T), rows = std::size_t(p.info.G) * hidden;
     return {{{w.w_ih, rows * std::size_t(p.dims.I)},
              {w.w_hh, w.w_hh ? rows * std::size_t(p.dims.R) : 0},
              {w.b_ih, w.b_ih ? rows : 0},
              {w.b_hh, w.b_hh ? rows : 0},
-             {w.w_unit, w.w_unit ? hidden * std::size_t(p.kernels.info.U) : 0},
+             {w.w_unit, w.w_unit ? hidden * std::size_t(p.info.U) : 0},
              {w.w_hr, w.w_hr ? hidden * std::size_t(p.dims.R) : 0}}};
   }
 

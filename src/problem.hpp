@@ -19,12 +19,12 @@
 
 namespace gatewise::binding {
 
-inline const Kernels& find_cell(const ArchKernels& kernels, py::handle cell) {
+// The row of a cell in a table of kernels
+template <class Row> const Row& find_cell(const Row* begin, const Row* end, py::handle cell) {
   std::string known;
-  for (int i = 0; i < kernels.cell_count; ++i)
-    if (PyUnicode_Check(cell.ptr()) && PyUnicode_CompareWithASCIIString(cell.ptr(), kernels.cells[i].info.name) == 0)
-      return kernels.cells[i];
-  for (int i = 0; i < kernels.cell_count; ++i) known += std::string(i ? ", " : "") + kernels.cells[i].info.name;
+  for (const Row* row = begin; row != end; ++row)
+    if (PyUnicode_Check(cell.ptr()) && PyUnicode_CompareWithASCIIString(cell.ptr(), row->info.name) == 0) return *row;
+  for (const Row* row = begin; row != end; ++row) known += std::string(row == begin ? "" : ", ") + row->info.name;
   fail("cell", "one of " + known, py::repr(cell));
 }
 
@@ -150,37 +150,36 @@ inline void check_rows(const std::vector<Index>& batch_sizes, Index rows) {
     fail("batch_sizes", "numbers that add up to the rows of x, " + std::to_string(rows), std::to_string(total));
 }
 
-// The inputs of one layer, validated and held. It serves the forward pass and, later, the backward pass, on the
-// arch that was chosen when it was made: the layout of the tape is that arch's own.
-class LayerProblem {
+// The inputs of one layer, validated and held, with their arrays in one memory: but for lengths and batch_sizes, which
+// are always the host's.
+template <class Memory> class LayerInputs {
  public:
-  const Arch& arch;
-  const Kernels& kernels;
+  const CellInfo& info;
+  Memory memory;
   bool is_double = false;
   Dims dims{};
-  Sizes sizes{};
   Layout layout = Layout::time_major;
 
   // extras: None, or what is seldom asked for, in the order of functional._EXTRAS
-  LayerProblem(py::handle cell, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih, py::handle b_hh,
-               py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle extras)
-      : arch(choose_arch()), kernels(find_cell(*arch.kernels, cell)), reverse_(truth(reverse, "reverse")) {
+  LayerInputs(const CellInfo& info, Memory memory, py::handle x, py::handle w_ih, py::handle w_hh, py::handle b_ih,
+              py::handle b_hh, py::handle h0, py::handle c0, py::handle lengths, py::handle reverse, py::handle extras)
+      : info(info), memory(std::move(memory)), reverse_(truth(reverse, "reverse")) {
     const Extras more(extras);
     choose_layout(more, lengths);
     const Axes axes[] = {
         {{"T", -1}, {"N", -1}, {"I", -1}}, {{"N", -1}, {"T", -1}, {"I", -1}}, {{"rows", -1}, {"I", -1}}};
     const Expected expected{"float32 or float64", axes[int(layout)], false, true};
-    x_ = open(x, "x", expected);
+    x_ = this->memory.open(x, "x", expected);
     is_double = x_.is("d");
     if (!is_double && !x_.is("f")) fail("x", expected.text(), describe(x, x_));
     const Inputs in{x, w_ih, w_hh, b_ih, b_hh, h0, c0};
     is_double ? borrow_all<double>(in, more, axes[int(layout)]) : borrow_all<float>(in, more, axes[int(layout)]);
     layout == Layout::packed ? unpack_lengths() : copy_lengths(lengths);
     read_options(more);
-    const double largest = double(count_rows()) * (kernels.info.S + kernels.info.U + 4) * double(dims.H + 64) * 8;
+    const double largest = double(count_rows()) * (info.S + info.U + 4) * double(dims.H + 64) * 8;
     if (largest > 0x1p62 || double(dims.T) > 0x1p48 || double(dims.N) > 0x1p48) throw std::bad_alloc();
-    sizes = typed([&](auto zero) { return this->cell<decltype(zero)>().sizes(problem<decltype(zero)>()); });
   }
+  LayerInputs(const LayerInputs&) = delete;
 
   template <class T> Problem<T> problem() const {
     const Sequence<T> sequence{x_.data<const T>(),
@@ -203,10 +202,6 @@ class LayerProblem {
             save_,
             checkpoint_};
   }
-  template <class T> const CellKernels<T>& cell() const {
-    if constexpr (sizeof(T) == 4) return kernels.f32;
-    else return kernels.f64;
-  }
   // Calls f with a value of the problem's element type.
   template <class F> auto typed(F f) const -> decltype(f(float())) { return is_double ? f(double()) : f(float()); }
 
@@ -216,7 +211,6 @@ class LayerProblem {
     for (const Index length : lengths_) rows += length;
     return rows;
   }
-  int lanes() const { return is_double ? arch.kernels->lanes_f64 : arch.kernels->lanes_f32; }
   bool projects() const { return w_hr_.data<const void>() != nullptr; }
   Save save() const { return save_; }
   // f(axes) with the axes of an array that has a row of `last` numbers for every step of every sequence
@@ -224,11 +218,6 @@ class LayerProblem {
     const Axis t{"T", dims.T}, n{"N", dims.N};
     if (layout == Layout::packed) return f(Axes{{"rows", count_rows()}, last});
     return layout == Layout::batch_major ? f(Axes{n, t, last}) : f(Axes{t, n, last});
-  }
-
-  // So little arithmetic, some ten microseconds of it, that no other thread could be of help in that time.
-  bool is_tiny() const {
-    return 2.0 * double(count_rows()) * kernels.info.G * double(dims.H) * double(dims.I + dims.R) < 1e6;
   }
 
  private:
@@ -269,42 +258,40 @@ class LayerProblem {
   }
 
   template <class T> void borrow_all(const Inputs& in, const Extras& more, const Axes& x_axes) {
-    const CellInfo& info = kernels.info;
     const int G = info.G;
     check<T>(x_, in.x, "x", x_axes);
     find_sizes<T>(in, more);
     const auto [Ts, N, I, H, R] = dims;
     const Axis rows{"H", G * H, G}, hidden{"H", H}, state{more.w_hr.is_none() ? "H" : "R", R}, batch{"N", N};
-    w_ih_ = borrow<T>(in.w_ih, "w_ih", {rows, {"I", I}});
+    w_ih_ = borrow<T>(memory, in.w_ih, "w_ih", {rows, {"I", I}});
     if (info.has_product) check<T>(w_hh_, in.w_hh, "w_hh", {rows, state});
     if (info.normed) require(in.b_ih, "b_ih", false, kInUnit), require(in.b_hh, "b_hh", false, kInUnit);
-    b_ih_ = borrow_optional<T>(in.b_ih, "b_ih", {rows});
-    b_hh_ = borrow_optional<T>(in.b_hh, "b_hh", {rows});
-    h0_ = borrow_optional<T>(in.h0, "h0", {batch, state});
+    b_ih_ = borrow_optional<T>(memory, in.b_ih, "b_ih", {rows});
+    b_hh_ = borrow_optional<T>(memory, in.b_hh, "b_hh", {rows});
+    h0_ = borrow_optional<T>(memory, in.h0, "h0", {batch, state});
     if (!info.has_c) require(in.c0, "c0", false, kNoC);
-    c0_ = borrow_optional<T>(in.c0, "c0", {batch, hidden});
+    c0_ = borrow_optional<T>(memory, in.c0, "c0", {batch, hidden});
     require(more.w_unit, "w_unit", info.U > 0, kNoUnit);
-    if (info.U) w_unit_ = borrow<T>(more.w_unit, "w_unit", {{"H", info.U * H, info.U}});
-    if (!more.w_hr.is_none()) w_hr_ = borrow<T>(more.w_hr, "w_hr", {state, hidden});
+    if (info.U) w_unit_ = borrow<T>(memory, more.w_unit, "w_unit", {{"H", info.U * H, info.U}});
+    if (!more.w_hr.is_none()) w_hr_ = borrow<T>(memory, more.w_hr, "w_hr", {state, hidden});
     if (!info.has_product) require(more.h_mask, "h_mask", false, kNoProduct);
-    h_mask_ = borrow_optional<T>(more.h_mask, "h_mask", {batch, state});
+    h_mask_ = borrow_optional<T>(memory, more.h_mask, "h_mask", {batch, state});
   }
 
   template <class T> void find_sizes(const Inputs& in, const Extras& more) {
-    const CellInfo& info = kernels.info;
     const bool packed = layout == Layout::packed, batch_first = layout == Layout::batch_major;
     Index H, R;
     if (info.has_product) {
-      w_hh_ = borrow<T>(in.w_hh, "w_hh", {{"H", -1, info.G}, {more.w_hr.is_none() ? "H" : "R", -1}});
+      w_hh_ = borrow<T>(memory, in.w_hh, "w_hh", {{"H", -1, info.G}, {more.w_hr.is_none() ? "H" : "R", -1}});
       H = R = w_hh_.size(1);
     } else {
       require(in.w_hh, "w_hh", false, kNoProduct);
-      H = R = borrow<T>(in.w_ih, "w_ih", {{"H", -1, info.G}, {"I", -1}}).size(0) / info.G;
+      H = R = borrow<T>(memory, in.w_ih, "w_ih", {{"H", -1, info.G}, {"I", -1}}).size(0) / info.G;
     }
     if (!more.w_hr.is_none()) {
       if (!info.has_c || std::strcmp(info.middle, "none") != 0)
         fail("w_hr", std::string("None, for the cell ") + info.name + " has no projection", describe_type(more.w_hr));
-      const Array w_hr = borrow<T>(more.w_hr, "w_hr", {{"R", -1}, {"H", -1}});
+      const Array w_hr = borrow<T>(memory, more.w_hr, "w_hr", {{"R", -1}, {"H", -1}});
       R = w_hr.size(0), H = w_hr.size(1);
       if (R < 1 || R > H) fail("w_hr", "a projection to 1 to H numbers, shape (R, H)", w_hr.shape_text());
     }
@@ -346,9 +333,9 @@ class LayerProblem {
   }
 
   void read_options(const Extras& more) {
-    const bool has_c = kernels.info.has_c;
+    const bool has_c = info.has_c;
     if (!more.reset.is_none())
-      reset_ = with_reset_axes([&](const Axes& axes) { return borrow<bool>(more.reset, "reset", axes); });
+      reset_ = with_reset_axes([&](const Axes& axes) { return borrow<bool>(memory, more.reset, "reset", axes); });
     if (one_of(more.reset_to, "reset_to", {"initial", "zero"}) == 1) reset_to_ = ResetTo::zero;
     const auto probability = [](py::handle p, const char* name) {
       return p.is_none() ? 0.0 : real_number(p, name, "a probability in [0, 1)", 0, 1, true);
@@ -376,6 +363,34 @@ class LayerProblem {
     }
     fail(name, "one of " + list, py::repr(word));
   }
+};
+
+// A layer on the arch that was chosen when it was made: it serves the forward pass and, later, the backward pass, for
+// the layout of the tape is that arch's own.
+struct OnArch {
+  const Arch& arch;
+  const Kernels& kernels;
+
+  explicit OnArch(py::handle cell)
+      : arch(choose_arch()),
+        kernels(find_cell(arch.kernels->cells, arch.kernels->cells + arch.kernels->cell_count, cell)) {}
+};
+class LayerProblem : public OnArch, public LayerInputs<Host> {
+ public:
+  Sizes sizes{};
+
+  template <class... Inputs> LayerProblem(py::handle cell, const Inputs&... inputs)
+      : OnArch(cell), LayerInputs(kernels.info, Host(), inputs...) {
+    sizes = typed([&](auto zero) { return this->cell<decltype(zero)>().sizes(problem<decltype(zero)>()); });
+  }
+
+  template <class T> const CellKernels<T>& cell() const {
+    if constexpr (sizeof(T) == 4) return kernels.f32;
+    else return kernels.f64;
+  }
+  int lanes() const { return is_double ? arch.kernels->lanes_f64 : arch.kernels->lanes_f32; }
+  // So little arithmetic, some ten microseconds of it, that no other thread could be of help in that time.
+  bool is_tiny() const { return 2.0 * double(count_rows()) * info.G * double(dims.H) * double(dims.I + dims.R) < 1e6; }
 };
 
 // While a kernel runs, other Python threads may: unless it is over sooner than they could be told.

@@ -2,11 +2,10 @@
 // that one process can compare arches.
 #include <cstdlib>
 #include <iterator>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "rows.hpp"
+#include "gatewise/gatewise.hpp"
 
 namespace gatewise {
 
@@ -64,17 +63,5 @@ const Arch& choose_arch() {
   }
   throw std::invalid_argument("GATEWISE_ARCH: expected one of " + known + "; got '" + forced + "'");
 }
-
-template <class T> void row_order(const Problem<T>& problem, Index* rows) {
-  Arena counter(nullptr);
-  Rows(counter, problem.dims.T, problem.dims.N, count_rows(problem));
-  const std::unique_ptr<char[]> block(new char[counter.bytes()]);
-  Arena arena(block.get());
-  Rows order(arena, problem.dims.T, problem.dims.N, count_rows(problem));
-  order.fill(problem);
-  for (Index row = 0; row < order.count; ++row) rows[row] = order.place[row];
-}
-template void row_order(const Problem<float>&, Index*);
-template void row_order(const Problem<double>&, Index*);
 
 }  // namespace gatewise
