@@ -1,20 +1,18 @@
 // The only header of CUDA's that kernels include. nvcc sees the real toolkit. Any other compiler sees "cuda_host.hpp",
-// which runs the same source without a GPU; it belongs to the tests and is on no other include path.
+// which runs the same source without a GPU (runtime.hpp).
 // Whatever CUDA C++ cannot say (memory orders, matrix units, carving of shared memory) has one name here and two
 // definitions: inline PTX, and a twin for the host. Nothing else in a kernel depends on the compiler.
 #pragma once
 #include <cstddef>
-#include <stdexcept>
-#include <string>
 #include <utility>
+
+#include "runtime.hpp"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #define GATEWISE_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #else
-#include "cuda_host.hpp"
 #define GATEWISE_SHARED_MEMORY(name) \
   const cuda_host::DynamicShared name {}
 #endif
@@ -110,23 +108,6 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
 }
 
 // --- On the host -----------------------------------------------------------------------------------------------------
-
-// A call of CUDA's that failed: which, where, the code's number, name and sentence
-struct Error : std::runtime_error {
-  Error(cudaError_t code, const char* call, const char* file, int line)
-      : std::runtime_error(std::string(call) + ": error " + std::to_string(int(code)) + ", " + cudaGetErrorName(code) +
-                           ": " + cudaGetErrorString(code) + " (" + file + ":" + std::to_string(line) + ")"),
-        code(code) {}
-  cudaError_t code;
-};
-
-inline void check(cudaError_t code, const char* call, const char* file, int line) {
-  if (code == cudaSuccess) return;
-  const Error error(code, call, file, line);
-  cudaGetLastError();  // else the next call that asks for the last error would be blamed for this one
-  throw error;
-}
-#define GATEWISE_CUDA_CHECK(call) ::gatewise::cuda::check((call), #call, __FILE__, __LINE__)
 
 struct LaunchShape {
   dim3 grid, block;

@@ -2,9 +2,9 @@
 // pointers are the device's, except lengths, which the host reads. Calls enqueue work and return; a failure throws
 // cuda::Error.
 #pragma once
-#include "device.hpp"
 #include "gatewise/gatewise.hpp"
 #include "plan.hpp"
+#include "runtime.hpp"
 
 namespace gatewise::cuda {
 
