@@ -98,10 +98,12 @@ def run(library: ctypes.CDLL, problem: Problem, inputs: Inputs) -> Results:
     results = {"y": np.full(inputs.dy.shape, np.nan, dtype), "hn": np.full((N, R), np.nan, dtype)}
     if facts["has_c"]:
         results["cn"] = np.full((N, H), np.nan, dtype)
-    for name, like in problems.truth(problem).items():
-        if name in RESULTS and name.startswith("d"):
-            overwritten = name in ("dx", "dh0", "dc0")
-            results[name] = np.full(like.shape, np.nan if overwritten else 0, dtype)
+    # As the reference has them: of states and biases too where none are given
+    shapes = {name: (N, R if name == "dh0" else H) for name in ("dh0", "dc0")[: 1 + facts["has_c"]]}
+    shapes |= {} if facts["normed"] else {"db_ih": (G * H,), "db_hh": (G * H,)}
+    shapes |= {name: getattr(inputs, name[1:]).shape for name in gradients_of(problem)}
+    for name, shape in shapes.items() if problem.trains else ():
+        results[name] = np.full(shape, np.nan if name in ("dx", "dh0", "dc0") else 0, dtype)  # others are added to
 
     call = Call(
         cell=problem.cell.encode(), is_double=dtype == np.float64, T=T, N=N, I=I, H=H, R=R, G=G, U=facts["U"],
