@@ -596,11 +596,17 @@ def _wide(tensor: Maybe) -> Maybe:
     return tensor.float() if tensor is not None and tensor.dtype in _16_BIT else tensor
 
 
-def _weight(module: nn.Module, name: str) -> Maybe:
-    """A module's weight. Most are in its dict of parameters, where they are found in a fifth of getattr's time; not
-    those that are computed (torch.nn.utils.parametrize)."""
-    weight = module._parameters.get(name) if not torch.compiler.is_compiling() else None
-    return _wide(getattr(module, name) if weight is None else weight)
+def _weights(module: nn.Module, names: Sequence[str | None]) -> list[Maybe]:
+    """A module's weights, None for None. Most are in its dict of parameters, where they are found in a fifth of
+    getattr's time; not those that are computed (torch.nn.utils.parametrize)."""
+    parameters = module._parameters if not torch.compiler.is_compiling() else {}
+    weights: list[Maybe] = []
+    for name in names:
+        weight = None if name is None else parameters.get(name)
+        if weight is None and name is not None:
+            weight = getattr(module, name)
+        weights.append(_wide(weight))
+    return weights
 
 
 # -- modules -----------------------------------------------------------------------------------------------------
@@ -822,7 +828,7 @@ class _Layers(nn.RNNBase, layers.LayerOptions):
                 p = self.dropout if k else self.input_dropout
                 source = self._dropped(sequence, p, batch_first, batch_sizes) if p and self.training else sequence
                 outputs = []
-            w_ih, w_hh, b_ih, b_hh, w_unit, w_hr = [None if n is None else _weight(self, n) for n in names]
+            w_ih, w_hh, b_ih, b_hh, w_unit, w_hr = _weights(self, names)
             h_mask = seed = None
             if self.training:
                 if self.weight_dropout and w_hh is not None:
@@ -836,8 +842,7 @@ class _Layers(nn.RNNBase, layers.LayerOptions):
                 self.cell, direction == 1, batch_first, reset_to, *self.zoneout, self.cell_clip,
                 "all" if with_states else self.saves,
             )  # fmt: skip
-            h0 = None if h is None else _wide(h[k])
-            c0 = None if c is None else _wide(c[k])
+            h0, c0 = (None if s is None else _wide(s.select(0, k)) for s in (h, c))
             if autocast and wide != torch.float64:
                 h0, c0 = (None if s is None else s.float() for s in (h0, c0))
             tensors = (
@@ -994,6 +999,8 @@ def _one_step(N: int) -> Tensor:
 
 
 _STEPS = {cell: _Options(cell) for cell in _core.cells}
+_STEP_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_STEP_WEIGHTS_ALONE = (*_STEP_WEIGHTS[:2], None, None)  # without biases
 
 
 def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Tensor, Maybe]:
@@ -1019,8 +1026,7 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
             raise RuntimeError(
                 f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {module.hidden_size}"
             )
-    w_ih, w_hh = _weight(module, "weight_ih"), _weight(module, "weight_hh")
-    b_ih, b_hh = (_weight(module, "bias_ih"), _weight(module, "bias_hh")) if module.bias else (None, None)
+    w_ih, w_hh, b_ih, b_hh = _weights(module, _STEP_WEIGHTS if module.bias else _STEP_WEIGHTS_ALONE)
     x, h, c = _wide(input), _wide(h), _wide(c)
     assert x is not None
     autocast = _is_autocast()
