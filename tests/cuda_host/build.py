@@ -131,7 +131,8 @@ def build(
     if mode not in ("native", "ptx"):
         raise ValueError(f"mode: expected 'native' or 'ptx', got {mode!r}")
     flags = [*FLAGS, *INCLUDES, *defines, *(SANITIZERS[sanitizer] if sanitizer else [])]
-    command = [COMPILER, *flags, "-O1"]
+    # Unoptimised under a sanitizer: the optimiser takes longer over its checks than it saves.
+    command = [COMPILER, *flags, "-O0" if sanitizer else "-O1"]
     kernels = make(f"{source.stem}.o", [source, *headers()], [*command, "-Wall", "-x", "c++", "-c", source])
     objects = [kernels, runtime(defines)]
     if mode == "ptx":
@@ -146,6 +147,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
     """Runs a program made by `build`. Its output is text; one that hangs raises subprocess.TimeoutExpired."""
     # The race detector wants the address space where it was before kernels randomised more of it.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    settings = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66", **environment}
+    settings = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:atexit_sleep_ms=0",
+                **environment}  # fmt: skip
     return subprocess.run([*fixed, str(program), *arguments], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **settings})  # fmt: skip

@@ -120,32 +120,39 @@ void jump(Context& from, Context& to, bool for_good = false) {
   arrived_at(from);
 }
 
-// Stacks are kept for the next launch. Below each lies a page that nobody may touch.
+// Stacks are kept for the next launch, and with each what the race detector knows its fibre by, which takes a
+// millisecond to make. Below each lies a page that nobody may touch.
 class Stacks {
  public:
-  std::size_t bytes() const { return __tsan_create_fiber || __asan_poison_memory_region ? 256 << 10 : 64 << 10; }
-  char* take() {
+  void take(Context& context) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    context.stack_bytes = __tsan_create_fiber || __asan_poison_memory_region ? 256 << 10 : 64 << 10;
     if (free_.empty()) {
-      const std::size_t page = 4096;
-      void* p =
-          mmap(nullptr, bytes() + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      const std::size_t page = 4096, bytes = context.stack_bytes + page;
+      void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::bad_alloc();
       mprotect(p, page, PROT_NONE);
-      return static_cast<char*>(p) + page;
+      free_.push_back({static_cast<char*>(p) + page, nullptr});
     }
-    char* stack = free_.back();
+    context.stack = free_.back().stack;
+    context.tsan = free_.back().tsan;
     free_.pop_back();
-    return stack;
+    if (__tsan_create_fiber && !context.tsan) context.tsan = __tsan_create_fiber(0);
   }
-  void give_back(char* stack) {
+  // ended: it has left all its functions, and another can take its place
+  void give_back(const Context& context, bool ended) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(stack);
+    if (context.tsan && !ended) __tsan_destroy_fiber(context.tsan);
+    free_.push_back({context.stack, ended ? context.tsan : nullptr});
   }
 
  private:
+  struct Stack {
+    char* stack;
+    void* tsan;
+  };
   std::mutex mutex_;
-  std::vector<char*> free_;
+  std::vector<Stack> free_;
 };
 Stacks stacks;
 
@@ -237,6 +244,7 @@ struct Block {
   std::vector<int> order;    // of the fibres, as the schedule wants them
   std::size_t position = 0;  // in the order; its end is the end of a round
   Context scheduler;
+  char start;  // clock of the race detector: what was done before the launch
   std::mt19937 random;
   int alive = 0;
   bool progressed = false;  // in this round
@@ -329,6 +337,7 @@ void leave_warp(Fibre& f) {
 
 void fibre_main() {
   arrived_at(*fibre);
+  if (__tsan_acquire) __tsan_acquire(&block->start);
   (*block->grid->body)();
   leave_warp(*fibre);
   if (block->arrived) fail("a thread exits while others of its block wait for it at a barrier", block->place);
@@ -396,11 +405,10 @@ void begin(Block& b, Grid& grid, unsigned index) {
     b.order[i] = int(schedule.order == Schedule::reverse ? threads - 1 - i : i);
     f.thread = {coordinates(i, grid.block_size), int(i % 32), int(i / 32)};
     b.warps[i / 32].alive |= 1u << i % 32;
-    f.stack = stacks.take();
-    f.stack_bytes = stacks.bytes();
-    if (__tsan_create_fiber) f.tsan = __tsan_create_fiber(0);
+    stacks.take(f);
     prepare(f, fibre_main, i * 9);
   }
+  if (__tsan_release) __tsan_release(&b.start);
 }
 
 void check_guards(Block& b) {
@@ -430,10 +438,7 @@ void end(Block& b) {
   }
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(b.arena, b.arena_bytes);
   if (!b.grid->ptx && !b.grid->failed) check_guards(b);
-  for (Fibre& f : b.fibres) {
-    if (f.tsan) __tsan_destroy_fiber(f.tsan);
-    stacks.give_back(f.stack);
-  }
+  for (Fibre& f : b.fibres) stacks.give_back(f, f.state == State::exited);
   std::free(b.arena);
 }
 
