@@ -2,22 +2,34 @@
 
 Computed by cpp/cuda/plan.hpp from each card's limits (tests/plans.py says whose numbers they are); nothing is measured.
 For each card, cell, dtype and batch: the largest H that forward and backward run in one launch each, and the plan
-there.
+there; and what PyTorch asks cuDNN for at that H, and up to which H it asks for a persistent algorithm.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from cuda_evidence import write
+
 import gatewise as gw
 from compiler import ROOT
 from plans import CARDS, DTYPES, FRAGMENT_BYTES, library, plan, problem, reason
 
 BATCHES = 1, 32, 128
+# cuDNN's cells, with the largest H, forward and backward, for which PyTorch asks for the algorithm "persist static,
+# small H": get_algo() of aten/src/ATen/native/cudnn/RNN.cpp, on any card that we have a plan for, for full sequences of
+# one direction without projection. In float16 alone it may also ask for "persist static", not for GRU; see there.
+CUDNN = {"lstm": (192, 128), "gru": (192, 128), "rnn_tanh": (384, 256), "rnn_relu": (384, 256)}
+
+
+def cudnn(cell: str, dtype: str, backward: bool) -> int | None:
+    """The largest H for which PyTorch has cuDNN run a persistent algorithm; None: cuDNN has no such cell."""
+    if cell not in CUDNN:
+        return None
+    return 0 if dtype == "f64" else CUDNN[cell][backward]
 
 
 def row(card: str, cell: str, dtype: str, batch: int, backward: bool) -> dict[str, object]:
@@ -25,6 +37,8 @@ def row(card: str, cell: str, dtype: str, batch: int, backward: bool) -> dict[st
     largest = library().largest_H(limits, problem(cell, batch, 0, dtype, backward))
     made = plan(limits, problem(cell, batch, largest, dtype, backward))
     beyond = plan(limits, problem(cell, batch, largest + 1, dtype, backward))
+    persistent = cudnn(cell, dtype, backward)
+    at_largest = "" if persistent is None else "standard" if largest > persistent else "persist static, small H"
     return {
         "card": card, "capability": f"{limits.major}.{limits.minor}", "cell": cell, "dtype": dtype, "N": batch,
         "pass": "backward" if backward else "forward", "largest_H": largest, "blocks": made.grid_units,
@@ -32,6 +46,7 @@ def row(card: str, cell: str, dtype: str, batch: int, backward: bool) -> dict[st
         "register_KB": made.register_fragments * FRAGMENT_BYTES / 1024,
         "shared_weights_KB": (made.fragments - made.register_fragments) * FRAGMENT_BYTES / 1024,
         "shared_KB": made.shared_bytes / 1024, "beyond": reason(beyond),
+        "cudnn_persistent_H": "" if persistent is None else persistent, "cudnn_at_largest_H": at_largest,
     }  # fmt: skip
 
 
@@ -44,10 +59,7 @@ def main() -> None:
         row(card, cell, dtype, batch, backward)
         for card in CARDS for cell in cells for dtype in DTYPES for batch in BATCHES for backward in (False, True)
     ]  # fmt: skip
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(arguments.out, rows)
     print(f"{'largest H at N = 32':<22}" + "".join(f"{dtype:>14}" for dtype in DTYPES) + "   (forward/backward)")
     found = {(r["card"], r["cell"], r["dtype"], r["pass"]): r["largest_H"] for r in rows if r["N"] == 32}
     for card in CARDS:

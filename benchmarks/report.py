@@ -1,7 +1,7 @@
 """Writes the page of the results, tables and pictures, from the rows that were measured: `python benchmarks/report.py`.
 
-Nothing on the page is typed: every number comes from speed.csv and torch_layers.csv, and the page can be written again
-without measuring.
+Nothing on the page is typed: every number comes from speed.csv, torch_layers.csv and the tables of CUDA (cuda_page.py),
+and the page can be written again without measuring.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+
+import cuda_page
 
 from gatewise import bench, peers
 from gatewise.problems import GATES, Problem
@@ -392,8 +394,11 @@ def modules(rows: Sequence[Row]) -> Iterator[str]:
     yield from table(sorted(chosen, key=lambda c: c.row["threads"]))
 
 
-def page(rows: Sequence[Row], pictures: Sequence[str], of_modules: Sequence[Row] = ()) -> str:
-    """The page, from the rows and the names of the pictures beside it; and from the rows of PyTorch's modules."""
+def page(
+    rows: Sequence[Row], pictures: Sequence[str], of_modules: Sequence[Row] = (), of_cuda: Sequence[str] = ()
+) -> str:
+    """The page, from the rows and the names of the pictures beside it, the rows of PyTorch's modules, and what
+    cuda_page.py has to say."""
     arch, everything = main_arch(rows), cases(rows)
     mine = [c for c in everything if c.row["arch"] == arch]
     head = HEAD.format(rounds=bench.ROUNDS, window=1e3 * bench.WINDOW, slow=bench.SLOW)
@@ -430,6 +435,7 @@ def page(rows: Sequence[Row], pictures: Sequence[str], of_modules: Sequence[Row]
     alone = [c for c in everything if not c.row["set"]]
     lines += ["", "## Problems of no set", "", *table(alone)] * bool(alone)
     lines += ["", *modules(of_modules)] if of_modules else []
+    lines += ["", *of_cuda] if of_cuda else []
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -450,7 +456,8 @@ def write(folder: Path) -> Path:
             drawn.append(name)
     path = folder / "README.md"
     of_modules = folder / "torch_layers.csv"
-    path.write_text(page(rows, drawn, bench.read_csv(of_modules) if of_modules.exists() else ()), encoding="utf-8")
+    rows_of_modules = bench.read_csv(of_modules) if of_modules.exists() else ()
+    path.write_text(page(rows, drawn, rows_of_modules, cuda_page.section(folder)), encoding="utf-8")
     return path
 
 

@@ -78,6 +78,7 @@ CAPABILITIES = {
     "8.9": (100, 1536, 24),
     "9.0": (228, 2048, 32),
     "10.0": (228, 2048, 32),
+    "12.0": (100, 1536, 24),
 }
 # Multiprocessors and L2 cache: NVIDIA's white papers on Turing (T4), A100, GA102 (RTX 3090), Ada (RTX 4090) and H100,
 # the L4's data sheet (7424 cores, 128 a multiprocessor). For the B200 no white paper gives the number of
@@ -90,6 +91,7 @@ CARDS = {
     "L4": device(58, 48 * MB, "8.9"),
     "H100 SXM": device(132, 50 * MB, "9.0"),
     "B200": device(148, 126 * MB, "10.0"),
+    "RTX 5090": device(170, 96 * MB, "12.0"),
 }
 
 

@@ -19,6 +19,7 @@ from gatewise import bench, cli, peers
 from gatewise.problems import GATES, OPTIONS, Inputs, Problem, draw, fits, gradients_of
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # of which report.py imports another script
 TINY = Problem.parse("lstm:T3,N2,I3,H4:f32:train")
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
