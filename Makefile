@@ -6,7 +6,7 @@ BUILT  := pyproject.toml CMakeLists.txt $(shell find cpp src -type f)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 ARGS   ?=
 
-.PHONY: demo test bench instructions lint wheel-check clean
+.PHONY: demo test bench cuda-evidence instructions lint wheel-check clean
 
 demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 	$(BIN)/gatewise demo $(ARGS)
@@ -16,6 +16,11 @@ test: $(VENV)/test.stamp   ## all tests; ARGS="-k name" for some
 
 bench: $(VENV)/bench.stamp ## measure against other libraries, write benchmarks/results; ARGS="--sets grid --arch avx2"
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr --benchmark-group-by=group $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+cuda-evidence: $(VENV)/bench.stamp  ## what nvcc makes of the CUDA kernels, and what cards' limits make of that; needs nvcc
+	$(BIN)/python benchmarks/cuda_evidence.py
+	$(BIN)/python benchmarks/cuda_plan.py
 	$(BIN)/python benchmarks/report.py
 
 instructions: $(VENV)/test.stamp  ## instructions of the kernels against a baseline; ARGS=--update makes a new one

@@ -179,10 +179,11 @@ def launches(text: str) -> list[Launch]:
             layer.run(driver(), problem, problems.draw(problem))
         finally:
             driver().cuda_host_record(None)
-        found = []
-        for line in csv.reader(path.open()):
-            x, y, z, threads, shared, cooperative = map(int, line[1:])
-            found.append(Launch(line[0], (x, y, z), threads, shared, bool(cooperative)))
+        lines = path.read_text().splitlines()
+    found = []
+    for kernel, *numbers in csv.reader(lines):
+        x, y, z, threads, shared, cooperative = map(int, numbers)
+        found.append(Launch(kernel, (x, y, z), threads, shared, bool(cooperative)))
     return found
 
 
