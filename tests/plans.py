@@ -16,6 +16,7 @@ from compiler import ROOT, compile
 
 KB, MB = 1 << 10, 1 << 20
 FRAGMENT_BYTES = 512  # of weights: what a warp multiplies at a time
+CELL_SLOTS = 8  # cells whose states a thread keeps
 DTYPES = {"f32": (4, 4), "f64": (8, 8), "bf16": (2, 4)}  # bytes of a number kept and of a sum; f16 is as bf16
 
 

@@ -16,6 +16,7 @@ import gatewise as gw
 import problems
 from cuda_host import build
 from gatewise.problems import gradients_of
+from plans import DeviceLimits
 from problems import Inputs, Problem
 
 CELLS = list(problems.GATES)
@@ -33,6 +34,7 @@ class Call(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in (*GIVEN, "lengths", "reset")]
         + [(name, ctypes.c_int64) for name in ("x_size", "x_start", "step_stride", "sequence_stride")]
         + [(name, ctypes.c_int64) for name in ("reverse", "layout", "reset_to_zero", "drawn", "save", "trains")]
+        + [("loop", ctypes.c_int64), ("operands", ctypes.c_int64), ("device", DeviceLimits)]
         + [(name, ctypes.c_double) for name in ("zoneout_h", "zoneout_c", "cell_clip")]
         + [("seed", ctypes.c_uint64)]
         + [(name, ctypes.c_void_p) for name in RESULTS]
@@ -73,8 +75,11 @@ def span(x: np.ndarray) -> tuple[np.ndarray, int]:
     return np.ascontiguousarray(base), start
 
 
-def run(library: ctypes.CDLL, problem: Problem, inputs: Inputs) -> Results:
-    """What the CUDA kernels make of a problem: outputs, and the gradients that the reference has."""
+def run(library: ctypes.CDLL, problem: Problem, inputs: Inputs, **execution: Any) -> Results:
+    """What the CUDA kernels make of a problem: outputs, and the gradients that the reference has.
+
+    execution: members of the call that say how; without them there is no device to plan for, hence no persistent loop.
+    """
     facts, has = gw.cells()[problem.cell], problem.options.__contains__
     options = problems.options_of(problem, inputs)
     layout = 2 if has("packed") else 1 if has("batch") else 0
@@ -111,18 +116,24 @@ def run(library: ctypes.CDLL, problem: Problem, inputs: Inputs) -> Results:
         sequence_stride=sequence, reverse=has("reverse"), layout=layout, reset_to_zero=has("reset0"),
         drawn=has("zoneout"), save=1 if has("states") else 2 if has("checkpoints") else 0, trains=problem.trains,
         zoneout_h=options.get("zoneout_h", 0), zoneout_c=options.get("zoneout_c", 0),
-        cell_clip=options.get("cell_clip", np.inf), seed=options.get("seed", 0),
+        cell_clip=options.get("cell_clip", np.inf), seed=options.get("seed", 0), **execution,
     )  # fmt: skip
     called(library.gatewise_run_layer, call, alive | results)
     return results
 
 
-def check(library: ctypes.CDLL, problem: Problem) -> None:
-    results, exact = run(library, problem, problems.draw(problem)), problems.truth(problem)
+def check(library: ctypes.CDLL, problem: Problem, **execution: Any) -> None:
+    results, exact = run(library, problem, problems.draw(problem), **execution), problems.truth(problem)
     own = {
         name: exact[name].astype(results["y"].dtype) for name in ("gates", "c") if name in exact
     }  # of the CPU's tape
     problems.check(problem, results | own)
+
+
+def fitting(cell: str, dtype: str, shape: str, options: str) -> Problem:
+    """A problem with those of the options that the cell has."""
+    own = [option for option in options.split(",") if problems.fits(cell, [option])]
+    return Problem.parse(f"{cell}:{shape}:{dtype}:{','.join(own) or 'train'}")
 
 
 TILES = ["large", "small", "tiny"]
@@ -180,9 +191,7 @@ SOME += [f"{shape}:lengths,h0" for shape in ("T0,N3,I2,H4", "T3,N0,I2,H4")]
 def test_every_problem(library: ctypes.CDLL, cell: str, dtype: str) -> None:
     """In float32, which is the same source, some of them."""
     for text in SOME if dtype == "f64" else SOME[::3]:
-        shape, options = text.split(":")
-        own = [option for option in options.split(",") if problems.fits(cell, [option])]
-        check(library, Problem.parse(f"{cell}:{shape}:{dtype}:{','.join(own) or 'train'}"))
+        check(library, fitting(cell, dtype, *text.split(":")))
 
 
 @pytest.mark.skipif(bool(build.missing("ptx")), reason=str(build.missing("ptx")))

@@ -15,6 +15,7 @@ from compiler import ROOT
 from plans import (
     CAPABILITIES,
     CARDS,
+    CELL_SLOTS,
     DTYPES,
     FRAGMENT_BYTES,
     KB,
@@ -68,13 +69,14 @@ def check_persistent(limits: DeviceLimits, asked: StepProblem, made: Plan, sourc
     on_chip = limits.multiprocessors * (4 * limits.registers_per_multiprocessor + limits.shared_per_multiprocessor)
     assert asked.gates * asked.H * asked.R * asked.storage <= on_chip
 
-    # There is room for what else a step needs: two tiles of h for each warp, a sum for each row and sequence, c
-    staged = made.block // 32 * 2 * made.batch_tile * 64
-    assert made.shared_bytes >= in_shared + staged + rows * made.batch_tile * asked.accumulator
+    # There is room for what else a step needs: sums of a tile for each run of columns, the states that a thread keeps
+    warps, row_groups = made.block // 32, ceil_div(rows, 32)
+    runs = min(warps // row_groups, ceil_div(columns * asked.storage, 64))
+    assert made.shared_bytes >= in_shared + runs * rows * made.batch_tile * asked.accumulator
     states, words = asked.has_c + asked.backward, asked.accumulator // 4
-    own = ceil_div(asked.N * made.units, made.block) * states * words  # registers of a thread
-    values = 4 * asked.gates * words  # gx, gh, gates and their gradients
-    assert made.weight_registers + own + values + 32 <= made.registers <= 255
+    tiles, tile = ceil_div(asked.N, made.batch_tile), min(asked.N, made.batch_tile)
+    assert tiles * ceil_div(tile * made.units, made.block) <= CELL_SLOTS
+    assert made.weight_registers + CELL_SLOTS * states * words < made.registers == 255
     assert 2 * asked.N * columns * asked.storage <= limits.l2_bytes
 
     # No cell that the persistent kernel cannot run
@@ -87,7 +89,7 @@ def check_stepwise(limits: DeviceLimits, asked: StepProblem, made: Plan, source:
     assert made.grid_units == ceil_div(asked.H, made.units) and made.grid_rows == ceil_div(asked.N, made.batch_tile)
     assert made.shared_bytes <= 48 * KB
     assert source.resident(limits, made.block, 255, made.shared_bytes) >= 1 or limits.warp_size != 32
-    # A small problem on an ordinary cell is not refused: 32 KB of weights fit anywhere, beside 28 KB of other things
+    # A small problem on an ordinary cell is not refused: 32 KB of weights fit anywhere, beside 20 KB of sums
     slice_rows = (1 if asked.backward else asked.gates) * ceil_div(asked.H, limits.multiprocessors)
     columns = asked.gates * asked.H if asked.backward else asked.R
     small = (
@@ -99,11 +101,11 @@ def check_stepwise(limits: DeviceLimits, asked: StepProblem, made: Plan, source:
 
 
 # An example worked by hand. 132 multiprocessors, so a block of the grid has ceil(1024 / 132) = 8 units or more: 4 x 8 =
-# 32 rows of 1024 floats, 4 rows of tiles, 64 fragments each: 256, 128 KB. 8 warps hold 8 x 160 / 4 = 320 of them in
-# registers, so none are left for shared memory, which has the tiles of h, 8 x 2 x 32 x 80 bytes, and the sums,
-# (8 + 4 - 1) x 8 x 32 x 4 bytes. Registers: 160 of weights, 32 + 16 + 8 + 12 of work, 8 of c: 236, allocated as 240.
+# 32 rows of 1024 floats, 4 tiles of 8 rows, 64 fragments each: 256, 128 KB. Each of 8 warps takes 8 pieces of all tiles
+# and holds 128 / 4 = 32 fragments in registers, all that it has. So shared memory has the sums only: of 8 warps, 32
+# sequences, 32 rows and 8 more, 4 bytes each.
 EXAMPLE = CARDS["H100 SXM"], ("lstm", 32, 1024, "f32", False)
-WORKED = (0, 128, 1, 256, 8, 32, 40960 + 11264, 160, 240, 256, 256, 1)
+WORKED = (0, 128, 1, 256, 8, 32, 8 * 32 * 40 * 4, 128, 255, 256, 256, 1)
 
 
 def check_example(source: ctypes.CDLL) -> None:
@@ -179,8 +181,8 @@ def test_every_H_up_to_the_largest_is_persistent(asked: StepProblem, limits: Dev
     assert plan(limits, asked).persistent == (largest >= asked.H)
 
 
-# Each has more multiprocessors than the one before, each of those at least as much shared memory. Backward's units come
-# in eights, so there a few more multiprocessors may change nothing.
+# Each has more multiprocessors than the one before, each of those at least as much shared memory. Rows come in eights
+# and warps in whole groups, so a few more multiprocessors may change nothing.
 CHAINS = [("T4", "L4", "RTX 3090", "RTX 4090", "H100 SXM", "B200"), ("RTX 3090", "A100 40GB", "H100 SXM")]
 
 
@@ -189,7 +191,7 @@ CHAINS = [("T4", "L4", "RTX 3090", "RTX 4090", "H100 SXM", "B200"), ("RTX 3090",
 def test_more_memory_on_chip_holds_a_larger_layer(dtype: str, backward: bool) -> None:
     for cell, chain in itertools.product(("rnn_tanh", "gru", "lstm"), CHAINS):
         largest = [library().largest_H(CARDS[card], problem(cell, 1, 0, dtype, backward)) for card in chain]
-        assert largest == sorted(largest) and (backward or len({*largest}) == len(largest)), dict(zip(chain, largest))
+        assert largest == sorted(largest) and len({*largest}) > len(largest) // 2, dict(zip(chain, largest))
 
 
 def test_an_example_worked_by_hand() -> None:
@@ -230,18 +232,16 @@ def test_resident_blocks_are_those_nvidia_counts() -> None:
 
 # Wrong lines of plan.hpp: (what stands there, what to put there)
 BUGS = [
-    ("row_tiles * fragment_rows / unit_rows)", "row_tiles * fragment_rows)"),  # gates share rows
+    ("row_tiles * fragment_rows / of_unit)", "row_tiles * fragment_rows)"),  # gates share rows
     ("ceil_div(problem.H, units), 1, block", "problem.H / units, 1, block"),  # the last units are nobody's
-    ("const Index columns = problem.backward ? problem.gates * problem.H : problem.R;",
-     "const Index columns = problem.R;"),  # backward's columns are the gates
-    ("(fragments - plan.register_fragments) * fragment_bytes", "(fragments - plan.register_fragments) * 256"),
-    ("warps * (held / fragment_registers)", "warps * held"),  # a fragment is four registers
+    ("return problem.backward ? problem.gates * problem.H : problem.R;", "return problem.R;"),  # the gates' gradients
+    ("in_shared * fragment_bytes +", "in_shared * 256 +"),
+    ("std::min<Index>(of.rounds, held / round_registers)", "of.rounds"),  # more than registers hold
     ("if (shared_bytes > device.shared_per_block) return 0;", ""),
-    ("round_up(held + working_registers(problem), 8)", "round_up(held, 8)"),
     (" > cell_slots)", " > 1000)"),  # the states of a large batch
-    ("if (2 * problem.N * columns", "if (problem.N * columns"),  # h of one step only
-    ("const Index staged = warps * 2 *", "const Index staged = warps *"),  # not twice buffered
-    ("(warps + row_tiles - 1) * fragment_rows", "fragment_rows"),  # sums of one warp only
+    ("return 2 * round_up(problem.N", "return round_up(problem.N"),  # h of one step only
+    ("return of.column_groups * batch_tile", "return batch_tile"),  # sums of one warp only
+    ("of.column_groups = std::min(warps / of.row_groups, of.pieces);", "of.column_groups = warps;"),  # rows of no warp
     ("if (plan.blocks_per_multiprocessor < 1) continue;", "if (plan.blocks_per_multiprocessor < 2) continue;"),
     ("ceil_div(problem.H, device.multiprocessors)", "ceil_div(problem.H, device.multiprocessors * 2)"),  # not resident
     ("if (problem.has_middle)", "if (false)"),

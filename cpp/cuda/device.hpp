@@ -74,6 +74,12 @@ class SharedMemory {
   std::size_t used_ = 0;
 };
 
+// The nearest number of 11 significant bits, ties away from zero: what mma_tf32 takes
+__device__ __forceinline__ float to_tf32(float x) {
+  const unsigned bits = __float_as_uint(x), exponent = 0x7f800000;
+  return (bits & exponent) == exponent ? x : __uint_as_float((bits + 0x1000) & ~0x1fffu);
+}
+
 // d += A B by a whole warp, in the fragments of the PTX ISA. With g = lane / 4, t = lane % 4:
 //   d[i]  D[g + 8 (i / 2)][2 t + i % 2]                                       16 x 8, float
 // mma_tf32: A 16 x 8, B 8 x 8; the bits of floats, of which the last 13 are ignored

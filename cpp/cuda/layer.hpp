@@ -1,7 +1,7 @@
-// The layer on a CUDA stream, any cell through time: products of all steps at once before and after the loop, and in
-// the loop, step by step, one product with w_hh and one kernel that runs the cell on its rows. Calls take the structs
-// of gatewise.hpp with the device's pointers in them, except for the lengths, which are the host's; they enqueue work
-// and return.
+// The layer on a CUDA stream, any cell through time: products of all steps at once before and after the loop; the loop
+// is one launch (persistent.hpp), or, step by step, one product with w_hh and one kernel that runs the cell on its
+// rows. Calls take the structs of gatewise.hpp with the device's pointers in them, except for the lengths, which are
+// the host's; they enqueue work and return.
 //
 // Buffers, R packed rows (cpu/rows.hpp):
 //   saved  [R][S][H], behind it scales [3][R] of a normed cell, then [R][H] what went through a product in a stage or
@@ -14,8 +14,7 @@
 #include <vector>
 
 #include "../cpu/rows.hpp"
-#include "kernels.hpp"
-#include "step.hpp"
+#include "persistent.hpp"
 
 namespace gatewise::cuda { namespace {
 
@@ -148,6 +147,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   Index chunk_target;  // rows whose gx is made at once: a chunk ends at the first step that reaches it
   T* bias;             // [G * H]
   T* gx;               // [chunk][G * H], or null: in `saved`
+  PersistentLoop<Cell, T> loop;
   StepProduct<T> gh, stage;
   T* entering;  // [N, R], or null: h as it lies
   T* c;         // [N, H] or null: every c is kept
@@ -156,14 +156,17 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
   static constexpr Index kChunkBytes = 64 << 20;  // enough rows for every multiprocessor, little of a device's memory
 
-  ForwardPass(const Forward<T>& call, Arena& arena, cudaStream_t stream)
+  ForwardPass(const Forward<T>& call, const Execution& execution, Arena& arena, cudaStream_t stream)
       : Base(call.problem, arena, stream), call(call),
         chunk_target(x_in_saved() ? rows.count : least(rows.count, kChunkBytes / (G * d.H * Index(sizeof(T))))),
         bias(arena.take<T>(G * d.H)),
         gx(x_in_saved() ? nullptr : arena.take<T>(least(rows.count, chunk_target + d.N) * G * d.H)),
-        gh(arena, F::product_gates * d.H, d.R, Cell::has_product ? d.N : 0),
+        loop(problem, projects, false, execution, arena),
+        gh(arena, F::product_gates * d.H, d.R, Cell::has_product && !loop.chosen ? d.N : 0),
         stage(arena, stage_units, d.H, stage_units ? d.N : 0),
-        entering(Cell::has_product && (problem.h_mask || problem.sequence.reset) ? arena.take<T>(d.N * d.R) : nullptr),
+        entering(Cell::has_product && !loop.chosen && (problem.h_mask || problem.sequence.reset)
+                     ? arena.take<T>(d.N * d.R)
+                     : nullptr),
         c(Cell::has_c && !call.states ? arena.take<T>(d.N * d.H) : nullptr),
         middle((F::staged || projects) && !keeps_middle() ? arena.take<T>(d.N * d.H) : nullptr),
         saved(F::staged && !call.saved ? arena.take<T>(d.N * S * d.H) : nullptr) {}
@@ -218,14 +221,30 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     return product;
   }
 
-  void step(Index s, Index chunk) const {
-    const Index live = this->live(s), row = this->at(s);
+  // What steps from packed row `row` on have in common
+  ForwardStep<T> step_from(Index row, Index chunk) const {
     ForwardStep<T> p{};
-    p.walk = walk, p.s = s, p.live = live;
-    p.gx = gx_rows(row, chunk), p.gh = hidden_part(s, live);
+    p.walk = walk;
+    p.gx = gx_rows(row, chunk);
     p.b_hh_last = Cell::split && problem.weights.b_hh ? problem.weights.b_hh + (G - 1) * d.H : nullptr;
     p.y = call.y;
     p.saved = call.saved ? RowsAt<T>{call.saved + row * S * d.H, S * d.H} : RowsAt<T>{saved, S * d.H};
+    return p;
+  }
+  void steps(Index begin, Index end, Index chunk) const {
+    if constexpr (can_persist<Cell>)
+      if (loop.chosen)
+        return loop.run(
+            persistent_forward<Cell, T>,
+            {loop.steps(begin, end, walk, problem.weights.w_hh), step_from(this->at(begin), chunk), call.states, c},
+            stream);
+    for (Index s = begin; s < end; ++s) step(s, chunk);
+  }
+  void step(Index s, Index chunk) const {
+    const Index live = this->live(s), row = this->at(s);
+    ForwardStep<T> p = step_from(row, chunk);
+    p.s = s, p.live = live;
+    p.gh = hidden_part(s, live);
     p.middle = keeps_middle() ? this->kept_middle(call.saved, row) : middle;
     p.c_before = !call.states ? c : s > 0 ? call.states + this->at(s - 1) * d.H : nullptr;
     p.c_after = call.states ? call.states + row * d.H : c;
@@ -246,10 +265,11 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     this->zero_past_end(call.y, d.R);
     each(add_biases<T>, 1, Cell::normed ? 0 : G * d.H, stream, problem.weights.b_ih, problem.weights.b_hh,
          (Cell::split ? G - 1 : G) * d.H, G * d.H, bias);
+    if (loop.chosen) loop.start(stream);
     for (Index s = 0, chunk = 0, end; s < d.T && this->live(s) > 0; chunk = this->at(s)) {
       for (end = s + 1; this->live(end) > 0 && this->at(end) - chunk < chunk_target;) ++end;
       project(chunk, this->at(end));
-      for (; s < end; ++s) step(s, chunk);
+      steps(s, end, chunk), s = end;
     }
     const FinalStates<T> last{
         walk, call.y, call.states ? call.states : c, call.states != nullptr, call.hn, Cell::has_c ? call.cn : nullptr};
@@ -264,7 +284,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   using typename Base::F;
 
   Backward<T> call;
-  T* gates;                  // [rows][D][H]
+  T* gates;  // [rows][D][H]
+  PersistentLoop<Cell, T> loop;
   StepProduct<T> dh, stage;  // [N, R] through w_hh; [N, H] through the stage's weights
   T* d_out;                  // [rows, R] of a projection, [N, R] of a stage
   T *carry_h, *carry_c;      // [N, R], [N, H]
@@ -274,8 +295,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   T* sums;                   // of columns, part by part
   T* weight_parts;           // of gradients of weights
 
-  BackwardPass(const Backward<T>& call, Arena& arena, cudaStream_t stream)
+  BackwardPass(const Backward<T>& call, const Execution& execution, Arena& arena, cudaStream_t stream)
       : Base(call.problem, arena, stream), call(call), gates(arena.take<T>(rows.count * D * d.H)),
+        loop(problem, projects, true, execution, arena),
         dh(arena, d.R, F::product_gates * d.H, Cell::has_product ? d.N : 0),
         stage(arena, d.H, stage_units, stage_units ? d.N : 0), d_out(arena.take<T>(projects    ? rows.count * d.R
                                                                                    : F::staged ? d.N * d.R
@@ -324,18 +346,35 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
                                  stream);
   }
 
-  void step(Index s) const {
-    const Index live = this->live(s), row = this->at(s);
-    const RowsAt<const T> kept{call.saved + row * S * d.H, S * d.H};
+  // What steps from packed row `row` on have in common
+  BackwardStep<T> step_from(Index row) const {
     BackwardStep<T> p{};
-    p.walk = walk, p.s = s, p.live = live, p.fed = this->live(s + 1);
-    p.y = call.y, p.dy = call.dy, p.saved = kept;
-    p.c_before = Cell::has_c && s > 0 ? call.states + this->at(s - 1) * d.H : nullptr;
-    p.dh = through_hidden(s + 1);
+    p.walk = walk;
+    p.y = call.y, p.dy = call.dy, p.saved = {call.saved + row * S * d.H, S * d.H};
     p.gates = gates_at(row, 0);
-    p.d_out = projects ? d_out + row * d.R : d_out;
     p.carry_h = carry_h, p.carry_c = carry_c, p.restart_h = restart_h, p.restart_c = restart_c;
     p.unit_sums = unit_sums;
+    return p;
+  }
+  void all_steps() const {
+    Index steps = 0;
+    while (this->live(steps) > 0) ++steps;
+    if constexpr (can_persist<Cell>)
+      if (loop.chosen && steps > 0) {
+        loop.start(stream);
+        return loop.run(persistent_backward<Cell, T>,
+                        {loop.steps(0, steps, walk, problem.weights.w_hh), step_from(0), call.states}, stream);
+      }
+    for (Index s = steps - 1; s >= 0; --s) step(s);
+  }
+  void step(Index s) const {
+    const Index live = this->live(s), row = this->at(s);
+    BackwardStep<T> p = step_from(row);
+    const RowsAt<const T> kept = p.saved;
+    p.s = s, p.live = live, p.fed = this->live(s + 1);
+    p.c_before = Cell::has_c && s > 0 ? call.states + this->at(s - 1) * d.H : nullptr;
+    p.dh = through_hidden(s + 1);
+    p.d_out = projects ? d_out + row * d.R : d_out;
     p.in_stage = F::staged || projects;
     if constexpr (F::staged || F::may_project) {
       if (p.in_stage) {
@@ -411,9 +450,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   void run() {
     this->prepare();
     start();
-    Index steps = 0;
-    while (this->live(steps) > 0) ++steps;
-    for (Index s = steps - 1; s >= 0; --s) step(s);
+    all_steps();
     gradients_of_inputs_and_weights();
     if (call.dh0) {
       const InitialGradient<T> of_h{
@@ -427,30 +464,30 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   }
 };
 
-template <class Cell, class T> void forward(const Forward<T>& call, const Execution&, cudaStream_t stream) {
+template <class Cell, class T> void forward(const Forward<T>& call, const Execution& execution, cudaStream_t stream) {
   if (!call.problem.dims.N) return;
   Arena arena(call.scratch);
-  ForwardPass<Cell, T>(call, arena, stream).run();
+  ForwardPass<Cell, T>(call, execution, arena, stream).run();
 }
-template <class Cell, class T> void backward(const Backward<T>& call, const Execution&, cudaStream_t stream) {
+template <class Cell, class T> void backward(const Backward<T>& call, const Execution& execution, cudaStream_t stream) {
   if (!call.problem.dims.N) return;
   Arena arena(call.scratch);
-  BackwardPass<Cell, T>(call, arena, stream).run();
+  BackwardPass<Cell, T>(call, execution, arena, stream).run();
 }
 
 // Scratch as it is when everything is wanted, with a tape or without
-template <class Cell, class T> Sizes sizes(const Problem<T>& problem, const Execution&) {
+template <class Cell, class T> Sizes sizes(const Problem<T>& problem, const Execution& execution) {
   T any;
   Arena with(nullptr), without(nullptr), back(nullptr);
   Forward<T> kept{};
   kept.problem = problem;
-  const ForwardPass<Cell, T> f(kept, without, nullptr);
+  const ForwardPass<Cell, T> f(kept, execution, without, nullptr);
   kept.saved = kept.states = &any;
-  (void)ForwardPass<Cell, T>(kept, with, nullptr);
+  (void)ForwardPass<Cell, T>(kept, execution, with, nullptr);
   Backward<T> everything{};
   everything.problem = problem;
   everything.dx = everything.dw_ih = everything.dw_hh = everything.dw_hr = everything.dw_unit = &any;
-  (void)BackwardPass<Cell, T>(everything, back, nullptr);
+  (void)BackwardPass<Cell, T>(everything, execution, back, nullptr);
   const std::size_t most = with.bytes() > without.bytes() ? with.bytes() : without.bytes();
   return {std::size_t(f.saved_size()), std::size_t(Cell::has_c ? f.rows.count * f.d.H : 0), 0, most, back.bytes()};
 }

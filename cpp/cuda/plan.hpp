@@ -17,6 +17,12 @@
 
 #include "gatewise/gatewise.hpp"
 
+#ifdef __CUDACC__
+#define GATEWISE_PLAN_FN __host__ __device__
+#else
+#define GATEWISE_PLAN_FN
+#endif
+
 namespace gatewise::cuda {
 
 // Filled by device_limits() of kernels.hpp
@@ -76,33 +82,41 @@ struct Plan {
   Index grid_units, grid_rows;      // blocks over hidden units, blocks over the batch (1 if persistent)
   Index block;                      // threads
   Index units;                      // that a block owns; the last one may own fewer
-  Index batch_tile;                 // sequences that a block multiplies at a time
+  Index batch_tile;                 // sequences that a block multiplies before it runs their cells
   Index shared_bytes;               // dynamic shared memory of a block
-  Index weight_registers;           // a thread's registers that hold weights: which instance of the kernel
-  Index registers;                  // a thread's, all in all: what the instance must not exceed
-  Index fragments;                  // of the block's weights, in pieces of fragment_bytes
+  Index weight_registers;           // a thread's registers that hold weights
+  Index registers;                  // a thread's, all in all: what no kernel of persistent.hpp exceeds
+  Index fragments;                  // of the block's weights, with what is empty for want of rows or columns
   Index register_fragments;         // those in registers; the others are in shared memory
   Index blocks_per_multiprocessor;  // how many could be resident; at most one is launched
 
   bool persistent() const { return reason == Reason::persistent; }
 };
 
-// A fragment is what a warp multiplies at a time: 8 rows of weights, 64 bytes each, four registers in each lane. That
-// is the second operand of two tensor-core products of 16 sequences, 8 rows and 32 bytes: m16n8k8 of tf32, m16n8k16 of
-// bf16. Without tensor cores the same bytes go to the same lanes.
+// A fragment is what a warp multiplies at a time: 8 rows of weights, 64 bytes each, of which a lane has 16. Lane l has
+// those of row l / 4 from byte 16 (l % 4) on. That is the second operand of two tensor-core products of 16 sequences, 8
+// rows and 32 bytes (m16n8k8 of tf32, m16n8k16 of bf16), whose columns may be taken in any order, the same for h.
+// Without tensor cores the lane multiplies its numbers, with 4 sequences at a time, and 4 lanes add what they got.
 constexpr Index fragment_rows = 8, fragment_row_bytes = 64, fragment_bytes = fragment_rows * fragment_row_bytes;
-constexpr Index batch_fragment = 16;  // sequences in a product
 constexpr Index lanes = 32, fragment_registers = fragment_bytes / lanes / 4;
+constexpr Index batch_fragment = 16;  // sequences in a product
 
-// Registers are named by instructions, so how many of them hold weights is fixed when a kernel is compiled: it has an
-// instance for each of these. A multiprocessor has 65536 registers, 128 for each of 512 threads, 255 for each of 256:
-// the more of them hold weights, the fewer threads can run.
-constexpr Index weight_registers[] = {0, 32, 96, 160};
-constexpr Index block_sizes[] = {128, 256, 512};
+// A warp takes up to four fragments in a round, each with sums of its own: as many tiles of 8 rows as there are, so
+// that h is read once for all of them, and where there are few, the next pieces of their rows.
+constexpr int round_fragments = 4, round_registers = int(round_fragments * fragment_registers);
+
+// Registers are named by instructions, so how many of them hold weights is fixed when a kernel is compiled; further
+// weights lie in shared memory. The rest of the 255 that a thread of 256 can have is for sums, operands and the cell.
+#ifdef GATEWISE_WEIGHT_REGISTERS  // fewer, so that a test's small problem fills them
+constexpr Index weight_registers(Index) { return GATEWISE_WEIGHT_REGISTERS; }
+#else
+constexpr Index weight_registers(Index accumulator) { return accumulator == 4 ? 128 : 96; }
+#endif
+constexpr Index max_registers = 255, most_threads = 256;  // what the kernels are compiled for: __launch_bounds__
+constexpr Index block_sizes[] = {64, 128, 256};
 constexpr Index batch_tiles[] = {16, 32};
-constexpr Index cell_slots = 8;  // cells whose state a thread keeps, for the same reason a fixed number
-constexpr Index max_registers = 255;
-constexpr Index padded_row_bytes = fragment_row_bytes + 16;  // staged rows 80 bytes apart: 8 of them in 8 x 4 banks
+constexpr Index cell_slots = 8;   // cells whose state a thread keeps, for the same reason a fixed number
+constexpr Index sum_padding = 8;  // numbers between sums of two sequences: rows of tiles spread over the banks
 
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
@@ -126,26 +140,44 @@ inline Index resident_blocks(const DeviceLimits& device, Index threads, Index re
   return std::min({by_threads, by_registers, by_shared, device.blocks_per_multiprocessor});
 }
 
-// Registers a thread of the persistent kernel needs besides its weights.
-inline Index working_registers(const StepProblem& problem) {
-  const Index words = problem.accumulator / 4;
-  const Index addresses = 32;                                      // pointers, strides, counters
-  const Index gates = 4 * problem.gates * words;                   // gx, gh, the activated gates and their gradients
-  const Index sums = batch_tiles[1] / batch_fragment * 4 * words;  // 16 x 8 sums over 32 lanes, for the larger tile
-  const Index operands = 2 * fragment_registers + fragment_registers;   // 16 rows of h, 8 of weights, 64 bytes each
-  const Index states = Index{problem.has_c} + Index{problem.backward};  // c; of backward dc, and dh past the product
-  return addresses + gates + sums + operands + states * cell_slots * words;
+// How the warps of a block share out its weights: groups of warps by rows, in each group every warp a run of columns.
+struct Shares {
+  int row_groups, tiles;  // tiles of 8 rows in each group, at most round_fragments
+  int column_groups;      // warps in each group: warp w has rows of group w % row_groups, columns of w / row_groups
+  int pieces;             // of 64 bytes in a row
+  int round_pieces;       // pieces of a row that a round takes
+  int rounds;             // of the warp that has the most
+
+  GATEWISE_PLAN_FN int rows() const { return row_groups * tiles * int(fragment_rows); }
+  GATEWISE_PLAN_FN int begin(int column_group) const { return pieces * column_group / column_groups; }
+};
+
+inline Index unit_rows(const StepProblem& problem) { return problem.backward ? 1 : problem.gates; }
+inline Index product_columns(const StepProblem& problem) {
+  return problem.backward ? problem.gates * problem.H : problem.R;
+}
+inline Index row_pieces(const StepProblem& problem) {
+  return ceil_div(product_columns(problem) * problem.storage, fragment_row_bytes);
+}
+// Of a block that owns so many units. No column group: there are too few warps for the rows.
+inline Shares share_out(const StepProblem& problem, Index units, Index block) {
+  const int row_tiles = int(ceil_div(unit_rows(problem) * units, fragment_rows)), warps = int(block / lanes);
+  Shares of{};
+  of.row_groups = int(ceil_div(row_tiles, round_fragments)), of.tiles = int(ceil_div(row_tiles, of.row_groups));
+  of.pieces = int(row_pieces(problem)), of.round_pieces = round_fragments / of.tiles;
+  of.column_groups = std::min(warps / of.row_groups, of.pieces);
+  if (of.column_groups) of.rounds = int(ceil_div(ceil_div(of.pieces, of.column_groups), of.round_pieces));
+  return of;
 }
 
-// Bytes of shared memory of a block of the persistent kernel besides its weights.
-inline Index working_shared(const StepProblem& problem, Index warps, Index batch_tile, Index row_tiles) {
-  // Each warp fetches the columns of h that meet its own fragments: one step of 64 bytes while it multiplies the last.
-  const Index staged = warps * 2 * batch_tile * padded_row_bytes;
-  // The warps share out the fragments in order, rows of tiles first, in equal runs. So a warp sums over a part of the
-  // columns, and leaves its sums for the cells, which add the parts in a fixed order. A run that begins in one row of
-  // tiles and ends in another leaves two; runs and rows end in at most warps + row_tiles - 1 places.
-  const Index sums = (warps + row_tiles - 1) * fragment_rows * batch_tile * problem.accumulator;
-  return staged + sums;
+// What is exchanged: a row a sequence, of two steps: the one that is read and the one that is written. Rows are filled
+// up with zeros, to what a product takes.
+inline Index exchange_bytes(const StepProblem& problem) {
+  return 2 * round_up(problem.N, batch_tiles[1]) * row_pieces(problem) * fragment_row_bytes;
+}
+// The warps of a row group leave sums of their own columns for the cells, which add them in a fixed order.
+inline Index sums_bytes(const StepProblem& problem, const Shares& of, Index batch_tile) {
+  return of.column_groups * batch_tile * (of.rows() + sum_padding) * problem.accumulator;
 }
 
 namespace detail {
@@ -155,16 +187,16 @@ inline Plan stepwise(const DeviceLimits& device, const StepProblem& problem, Rea
   // buffered, and its cells. The widest tile reads the fewest bytes, but not at the price of idle multiprocessors. All
   // of it fits into the 48 KB that every device has without opting in.
   constexpr Index column_bytes = 128 + 16;
-  const Index unit_rows = problem.backward ? 1 : problem.gates;
+  const Index of_unit = unit_rows(problem);
   Plan plan{reason};
   plan.block = 256;
   plan.batch_tile = problem.N <= batch_tiles[0] ? batch_tiles[0] : batch_tiles[1];
   plan.grid_rows = ceil_div(problem.N, plan.batch_tile);
   for (const Index rows : {64, 32, 16, 8}) {
-    plan.units = std::max<Index>(1, rows / unit_rows);
+    plan.units = std::max<Index>(1, rows / of_unit);
     plan.grid_units = ceil_div(problem.H, plan.units);
-    const Index operands = 2 * (plan.batch_tile + plan.units * unit_rows) * column_bytes;
-    plan.shared_bytes = operands + plan.batch_tile * plan.units * unit_rows * problem.accumulator;
+    const Index operands = 2 * (plan.batch_tile + plan.units * of_unit) * column_bytes;
+    plan.shared_bytes = operands + plan.batch_tile * plan.units * of_unit * problem.accumulator;
     if (plan.grid_units * plan.grid_rows >= device.multiprocessors) break;
   }
   return plan;
@@ -180,47 +212,44 @@ inline Plan plan_layer(const DeviceLimits& device, const StepProblem& problem) {
   if (problem.has_middle) return stepwise(Reason::middle);
   if (problem.R != problem.H) return stepwise(Reason::projection);
 
-  // Nothing but the L2 cache can feed every block with all of h at each step. h of two steps is there at once: the one
-  // that is read and the one that is written.
-  const Index columns = problem.backward ? problem.gates * problem.H : problem.R;
-  if (2 * problem.N * columns * problem.storage > device.l2_bytes) return stepwise(Reason::exchange);
+  // Nothing but the L2 cache can feed every block with all of h at each step.
+  if (exchange_bytes(problem) > device.l2_bytes) return stepwise(Reason::exchange);
 
   // One block a multiprocessor: two would hold no more weights than one, read h twice and make the barrier longer. The
   // fewest units that let the grid cover all; then as many as fill the same fragments, which costs no memory and saves
   // blocks.
-  const Index unit_rows = problem.backward ? 1 : problem.gates;
-  const Index row_tiles = ceil_div(unit_rows * ceil_div(problem.H, device.multiprocessors), fragment_rows);
-  const Index units = std::min(problem.H, row_tiles * fragment_rows / unit_rows);
-  const Index fragments = row_tiles * ceil_div(columns * problem.storage, fragment_row_bytes);
+  const Index of_unit = unit_rows(problem);
+  const Index row_tiles = ceil_div(of_unit * ceil_div(problem.H, device.multiprocessors), fragment_rows);
+  const Index units = std::min(problem.H, row_tiles * fragment_rows / of_unit);
+  const Index held = weight_registers(problem.accumulator);
 
-  // Of all that fits, what reads the fewest weights from shared memory (each pass over the batch reads them all); then
-  // what leaves the busiest warp the least to multiply; then the fewest threads, to wait for each other at barriers.
-  const auto cost = [&](const Plan& plan) {
-    const Index passes = ceil_div(problem.N, plan.batch_tile), warps = plan.block / lanes;
-    return std::make_tuple(passes * (plan.fragments - plan.register_fragments), passes * ceil_div(fragments, warps),
-                           plan.block, plan.shared_bytes, plan.weight_registers);
-  };
+  // Of all that fits, what reads the fewest weights from shared memory; then what leaves the busiest warp the least to
+  // multiply; then the fewest threads, to wait for each other at barriers. Last what passes over the batch least often:
+  // the size of the batch decides nothing that changes a bit of a sequence, where more than one block size would do.
   Plan best{Reason::weights};
-  for (const Index held : weight_registers)
-    for (const Index block : block_sizes)
-      for (const Index batch_tile : batch_tiles) {
-        const Index warps = block / lanes, passes = ceil_div(problem.N, batch_tile);
-        Plan plan{Reason::persistent, ceil_div(problem.H, units), 1, block, units, batch_tile};
-        plan.weight_registers = held;
-        plan.registers = round_up(held + working_registers(problem), 8);
-        plan.fragments = fragments;
-        // Equal runs to within one: either no warp has more than its registers hold, or none has less
-        plan.register_fragments = std::min(fragments, warps * (held / fragment_registers));
-        plan.shared_bytes = (fragments - plan.register_fragments) * fragment_bytes +
-                            working_shared(problem, warps, batch_tile, row_tiles);
-        plan.blocks_per_multiprocessor = resident_blocks(device, block, plan.registers, plan.shared_bytes);
-        if (plan.blocks_per_multiprocessor < 1) continue;
-        if (passes * ceil_div(std::min(problem.N, batch_tile) * units, block) > cell_slots) {
-          if (!best.persistent()) best.reason = Reason::batch;  // the weights would fit
-          continue;
-        }
-        if (!best.persistent() || cost(plan) < cost(best)) best = plan;
+  auto least = std::make_tuple(Index(0), Index(0), Index(0), Index(0), Index(0));
+  for (const Index block : block_sizes)
+    for (const Index batch_tile : batch_tiles) {
+      const Shares of = share_out(problem, units, block);
+      if (!of.column_groups) continue;
+      const Index passes = ceil_div(problem.N, batch_tile), warps = of.row_groups * of.column_groups;
+      const Index in_registers = std::min<Index>(of.rounds, held / round_registers);
+      Plan plan{Reason::persistent, ceil_div(problem.H, units), 1, block, units, batch_tile};
+      plan.weight_registers = held, plan.registers = max_registers;
+      plan.fragments = warps * of.rounds * of.tiles * of.round_pieces;
+      plan.register_fragments = warps * in_registers * of.tiles * of.round_pieces;
+      const Index in_shared = plan.fragments - plan.register_fragments;
+      plan.shared_bytes = in_shared * fragment_bytes + sums_bytes(problem, of, batch_tile);
+      plan.blocks_per_multiprocessor = resident_blocks(device, block, plan.registers, plan.shared_bytes);
+      if (plan.blocks_per_multiprocessor < 1) continue;
+      if (passes * ceil_div(std::min(problem.N, batch_tile) * units, block) > cell_slots) {
+        if (!best.persistent()) best.reason = Reason::batch;  // the weights would fit
+        continue;
       }
+      const auto cost = std::make_tuple(in_shared, ceil_div(of.pieces, of.column_groups) * of.tiles, block, passes,
+                                        plan.shared_bytes);
+      if (!best.persistent() || cost < least) best = plan, least = cost;
+    }
   return best.persistent() ? best : stepwise(best.reason);
 }
 

@@ -138,8 +138,9 @@ template <class T> struct ForwardStep {
 };
 
 // The cell on one element: what the product gave, without its bias, and c before the step; the state after it
-template <class Cell, class T>
-__device__ State<T> element_forward(const ForwardStep<T>& p, Index i, Index k, T (&gh)[Cell::G], T c_before) {
+template <class Cell, class T> __device__ __forceinline__ State<T> element_forward(const ForwardStep<T>& p, Index i,
+                                                                                   Index k, T (&gh)[Cell::G],
+                                                                                   T c_before) {
   constexpr int G = Cell::G, S = Cell::S, U = Cell::U;
   const Walk<T>& walk = p.walk;
   const Index H = walk.H;
@@ -303,9 +304,9 @@ template <class Cell, class T> __global__ void output_backward(BackwardStep<T> p
 
 // The cell's backward on one element: what comes through the product, and the gradients that reach the state past it,
 // after the step. The same before it; the gates' gradients stay with the caller too.
-template <class Cell, class T> __device__ State<T> element_backward(const BackwardStep<T>& p, Index i, Index k,
-                                                                    T through, State<T> carry, T (&dgx)[Cell::G],
-                                                                    T (&dgh)[Cell::G]) {
+template <class Cell, class T>
+__device__ __forceinline__ State<T> element_backward(const BackwardStep<T>& p, Index i, Index k, T through,
+                                                     State<T> carry, T (&dgx)[Cell::G], T (&dgh)[Cell::G]) {
   using F = Facts<Cell>;
   constexpr int G = Cell::G, S = Cell::S, U = Cell::U;
   const Walk<T>& walk = p.walk;

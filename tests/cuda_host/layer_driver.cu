@@ -2,6 +2,9 @@
 // and copies results back. For tests, through ctypes; every device buffer is exactly as large as its array.
 #include <cstring>
 
+#ifndef GATEWISE_WEIGHT_REGISTERS
+#define GATEWISE_WEIGHT_REGISTERS 16  // so few that the persistent kernels have weights in shared memory too
+#endif
 #include "cuda/layer.cu"  // the library in one program with its driver, as build.py takes it
 #include "device_memory.hpp"
 
@@ -16,6 +19,8 @@ struct Call {
   const unsigned char* reset;
   Index x_size, x_start, step_stride, sequence_stride;  // of x, in elements
   Index reverse, layout, reset_to_zero, drawn, save, trains;
+  Index loop, operands;
+  DeviceLimits device;
   double zoneout_h, zoneout_c, cell_clip;
   std::uint64_t seed;
   void *y, *hn, *cn, *dx, *dh0, *dc0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_unit, *dw_hr;
@@ -47,7 +52,7 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
   p.zoneout = {c.zoneout_h, c.zoneout_c, c.drawn != 0, c.seed};
   p.cell_clip = T(c.cell_clip);
   p.save = Save(c.save);
-  const Execution execution{};
+  const Execution execution{c.device, Loop(c.loop), Operands(c.operands)};
   const Sizes sizes = kernels.sizes(p, execution);
 
   Forward<T> f{};
