@@ -112,6 +112,25 @@ def translated(source: Path, arch: str, defines: Sequence[str]) -> Path:
     )
 
 
+def compiled(
+    source: Path, mode: str, sanitizer: str | None, defines: Sequence[str], arch: str = "compute_90"
+) -> list[Path]:
+    """The object files of a .cu file and of what runs it."""
+    if reason := missing(mode, sanitizer):
+        raise RuntimeError(reason)
+    if mode not in ("native", "ptx"):
+        raise ValueError(f"mode: expected 'native' or 'ptx', got {mode!r}")
+    flags = [*FLAGS, *INCLUDES, *defines, *(SANITIZERS[sanitizer] if sanitizer else [])]
+    # Unoptimised under a sanitizer: the optimiser takes longer over its checks than it saves.
+    command = [COMPILER, *flags, "-O0" if sanitizer else "-O1"]
+    kernels = make(f"{source.stem}.o", [source, *headers()], [*command, "-Wall", "-x", "c++", "-c", source])
+    objects = [kernels, runtime(defines)]
+    if mode == "ptx":
+        assembly = translated(source, arch, defines)
+        objects.append(make(f"{source.stem}.ptx.o", [assembly, *headers()], [*command, "-c", assembly]))
+    return objects
+
+
 def build(
     source: Path,
     *,
@@ -126,18 +145,7 @@ def build(
     mode: "native" or "ptx"; sanitizer: None, "address" (with undefined behaviour) or "thread"; defines: further
     options of the compilers, such as -DNAME=1; arch: whose PTX. Raises RuntimeError with the compiler's words.
     """
-    if reason := missing(mode, sanitizer):
-        raise RuntimeError(reason)
-    if mode not in ("native", "ptx"):
-        raise ValueError(f"mode: expected 'native' or 'ptx', got {mode!r}")
-    flags = [*FLAGS, *INCLUDES, *defines, *(SANITIZERS[sanitizer] if sanitizer else [])]
-    # Unoptimised under a sanitizer: the optimiser takes longer over its checks than it saves.
-    command = [COMPILER, *flags, "-O0" if sanitizer else "-O1"]
-    kernels = make(f"{source.stem}.o", [source, *headers()], [*command, "-Wall", "-x", "c++", "-c", source])
-    objects = [kernels, runtime(defines)]
-    if mode == "ptx":
-        assembly = translated(source, arch, defines)
-        objects.append(make(f"{source.stem}.ptx.o", [assembly, *headers()], [*command, "-c", assembly]))
+    objects = compiled(source, mode, sanitizer, defines, arch)
     # Kernels are found by their names: a program exports them too.
     link = [COMPILER, *FLAGS, *(SANITIZERS[sanitizer] if sanitizer else []), *objects, "-ldl"]
     return make(f"{source.stem}-{mode}", objects, [*link, "-rdynamic"] if program else [*link, "-shared"])

@@ -722,6 +722,7 @@ struct Allocation {
   std::size_t bytes;
   std::vector<std::uint8_t> uses;  // with PTX, of each 4 bytes in this launch: 1 stored to, 2 read as read-only data
   bool used;
+  int device;
 };
 std::map<const char*, Allocation> allocations;
 struct Recent {  // the one that the last access was to: the next one often is too
@@ -836,7 +837,9 @@ const char* cudaGetErrorName(cudaError_t error) {
     NAME(cudaErrorMemoryAllocation);
     NAME(cudaErrorInvalidConfiguration);
     NAME(cudaErrorInvalidMemcpyDirection);
+    NAME(cudaErrorInsufficientDriver);
     NAME(cudaErrorInvalidDeviceFunction);
+    NAME(cudaErrorNoDevice);
     NAME(cudaErrorInvalidDevice);
     NAME(cudaErrorInvalidResourceHandle);
     NAME(cudaErrorNotReady);
@@ -967,6 +970,10 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   stream->capture = std::make_unique<CUgraph_st>();
   return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream && stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!stream || !stream->capture) return report(cudaErrorInvalidValue, "cudaStreamEndCapture without a begin");
   *graph = stream->capture.release();
@@ -994,7 +1001,7 @@ cudaError_t cudaMalloc(void** p, std::size_t bytes) {
   if (posix_memalign(p, 256, bytes)) return report(cudaErrorMemoryAllocation, "out of memory");
   std::memset(*p, 0xff, bytes);
   const bool ptx = cuda_host_ptx_entries != nullptr;
-  allocations[static_cast<char*>(*p)] = {bytes, std::vector<std::uint8_t>(ptx ? bytes / 4 + 1 : 0), false};
+  allocations[static_cast<char*>(*p)] = {bytes, std::vector<std::uint8_t>(ptx ? bytes / 4 + 1 : 0), false, 0};
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
@@ -1008,6 +1015,30 @@ cudaError_t cudaFree(void* p) {
   return error;
 }
 
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* p) {
+  const auto i = find(p, 1);
+  const bool found = i != allocations.end();
+  *attributes = {found ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, found ? i->second.device : -2,
+                 const_cast<void*>(p), nullptr};
+  return cudaSuccess;
+}
+void cuda_host_place(const void* allocation, int device) {
+  const auto i = find(allocation, 1);
+  if (i != allocations.end()) i->second.device = device;
+}
+void* cuda_host_allocate(std::size_t bytes) {
+  void* p = nullptr;
+  return cudaMalloc(&p, bytes) == cudaSuccess ? p : nullptr;
+}
+int cuda_host_free(void* p) { return cudaFree(p); }
+void* cuda_host_stream() {
+  cudaStream_t stream;
+  return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess ? stream : nullptr;
+}
+int cuda_host_synchronize(void* stream) {
+  return stream ? cudaStreamSynchronize(static_cast<cudaStream_t>(stream)) : cudaDeviceSynchronize();
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
@@ -1015,6 +1046,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   if (kind != cudaMemcpyDefault &&
       (to_device != (find(to, bytes) != allocations.end()) || from_device != (find(from, bytes) != allocations.end())))
     return report(cudaErrorInvalidValue, "a copy whose direction its pointers contradict, or beyond an allocation");
+  if (kind == cudaMemcpyHostToDevice && !(stream && stream->capture)) {  // pageable memory has been read on return
+    const char* bytes_now = static_cast<const char*>(from);
+    return submit(stream, [to, now = std::vector<char>(bytes_now, bytes_now + bytes)] {
+      return std::memcpy(to, now.data(), now.size()), cudaSuccess;
+    });
+  }
   return submit(stream, [=] { return std::memmove(to, from, bytes), cudaSuccess; });
 }
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
@@ -1030,7 +1067,15 @@ cudaError_t cudaMemset(void* p, int value, std::size_t bytes) { return cudaMemse
 
 // --- The runtime library: the device and launches --------------------------------------------------------------------
 
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+static int driver_version = 13000, device_count = 1;
+void cuda_host_driver(int version, int devices) { driver_version = version, device_count = devices; }
+
+cudaError_t cudaDriverGetVersion(int* version) { return *version = driver_version, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  if (driver_version < 13000) return report(cudaErrorInsufficientDriver, "the driver is older than the runtime");
+  if (device_count == 0) return report(cudaErrorNoDevice, "there is no device");
+  return *count = device_count, cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) {
   return device ? report(cudaErrorInvalidDevice, "there is only device 0") : cudaSuccess;
