@@ -125,6 +125,8 @@ class TensorsAreArrays {
 // cheaper than the buffer protocol, through which everything else comes that is no DLPack capsule.
 class Array {
  public:
+  static constexpr int kShown = 4;  // axes that any argument has: copied, for the caller may reshape its array
+
   Array() = default;
   explicit Array(py::array array)
       : data_(const_cast<void*>(array.data())), ndim_(int(array.ndim())), flags_(array.flags()) {
@@ -166,6 +168,11 @@ class Array {
 
   template <class T> T* data() const { return static_cast<T*>(data_); }
   int ndim() const { return ndim_; }
+  py::ssize_t count() const {
+    py::ssize_t product = 1;
+    for (int i = 0; i < ndim_; ++i) product *= size(i);
+    return product;
+  }
   py::ssize_t size(int axis) const { return axis < kShown ? first_[axis] : shape_[axis]; }
   py::ssize_t stride(int axis) const { return strides_[axis]; }  // in bytes, of the first axes
   bool is(const char* formats) const { return format_ != '\0' && std::strchr(formats, format_) != nullptr; }
@@ -194,8 +201,6 @@ class Array {
   struct Release {
     void operator()(Py_buffer* view) const { PyBuffer_Release(view), delete view; }
   };
-  static constexpr int kShown = 3;  // axes that any argument has: copied, for the caller may reshape its array
-
   void keep_shape(const py::ssize_t* shape, const py::ssize_t* strides) {
     shape_ = shape;
     std::copy(shape, shape + std::min(ndim_, kShown), first_);

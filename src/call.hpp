@@ -139,6 +139,7 @@ template <class P> void describe_problem(py::class_<P>& problem) {
       .def_property_readonly("G", [](const P& p) { return p.info.G; })
       .def_property_readonly("S", [](const P& p) { return p.info.S; })
       .def_property_readonly("has_c", [](const P& p) { return p.info.has_c; })
+      .def_property_readonly("projects", [](const P& p) { return p.projects(); })
       .def_property_readonly("rows", [](const P& p) { return p.count_rows(); })
       .def_property_readonly("sizes",
                              [](const P& p) {

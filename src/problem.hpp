@@ -120,6 +120,18 @@ inline double real_number(py::handle value, const char* name, const char* expect
   return number;
 }
 
+// The place of a word in a list; the first one's if there is none
+inline int one_of(py::handle word, const char* name, std::initializer_list<const char*> known) {
+  if (word.is_none()) return 0;
+  std::string list;
+  int place = 0;
+  for (const char* candidate : known) {
+    if (PyUnicode_Check(word.ptr()) && PyUnicode_CompareWithASCIIString(word.ptr(), candidate) == 0) return place;
+    list += std::string(place++ ? ", " : "") + "'" + candidate + "'";
+  }
+  fail(name, "one of " + list, py::repr(word));
+}
+
 inline std::uint64_t whole_seed(py::handle seed) {
   const py::object index =
       PyBool_Check(seed.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
@@ -351,17 +363,6 @@ template <class Memory> class LayerInputs {
     const int save = one_of(more.save, "save", {"all", "states", "checkpoints"});
     save_ = Save(save);
     checkpoint_ = save == 2 ? std::max<Index>(1, Index(std::ceil(std::sqrt(double(dims.T))))) : 0;
-  }
-  // The place of a word in a list; the first one's if there is none
-  static int one_of(py::handle word, const char* name, std::initializer_list<const char*> known) {
-    if (word.is_none()) return 0;
-    std::string list;
-    int place = 0;
-    for (const char* candidate : known) {
-      if (PyUnicode_Check(word.ptr()) && PyUnicode_CompareWithASCIIString(word.ptr(), candidate) == 0) return place;
-      list += std::string(place++ ? ", " : "") + "'" + candidate + "'";
-    }
-    fail(name, "one of " + list, py::repr(word));
   }
 };
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 from . import _core
 
@@ -14,18 +16,45 @@ def _unavailable(name: str) -> str | None:
     if name == "reference" and importlib.util.find_spec("numba") is None:
         return "not available: Numba is not installed (pip install gatewise[reference])"
     if name == "cuda":
-        return "not built: the CUDA kernels cannot be called from Python yet"
+        module, reason = _cuda()
+        if module is not None:
+            reason, _ = module.devices()
+            return None if reason is None else f"not available: {reason}"
+        return reason
     return None
 
 
+def _cuda() -> tuple[Any, str]:
+    """The compiled CUDA kernels, imported when they are first asked for; or None, and why."""
+    try:
+        return importlib.import_module("gatewise._cuda"), ""
+    except ModuleNotFoundError:
+        return None, "not built: no nvcc (CUDA 13) was found when gatewise was installed"
+    except ImportError as error:
+        return None, f"not available: {error}"
+
+
+def cuda() -> Any:
+    """The compiled CUDA kernels, which say themselves if there is no device for them."""
+    module, reason = _cuda()
+    if module is None:
+        raise ValueError(f"backend: 'cuda' is {reason}")
+    return module
+
+
 def backends() -> dict[str, str]:
-    """Every backend and what it is here: the CPU's arch, "numba", or the reason why it is missing."""
-    here = {"cpu": _core.choose_arch(), "reference": "numba"}
-    return {name: _unavailable(name) or here[name] for name in NAMES}
+    """Every backend and what it is here: the CPU's arch, "numba", the devices, or the reason why it is missing."""
+    return {name: _unavailable(name) or _here(name) for name in NAMES}
+
+
+def _here(name: str) -> str:
+    if name == "cuda":
+        return "; ".join(cuda().devices()[1])
+    return _core.choose_arch() if name == "cpu" else "numba"
 
 
 def choose(backend: str | None) -> str:
-    """The backend of a call: its argument, else GATEWISE_BACKEND, else "cpu"."""
+    """The backend of a call on arrays of the CPU: its argument, else GATEWISE_BACKEND, else "cpu"."""
     name, source = backend, "backend"
     if name is None:
         name, source = _core.environment("GATEWISE_BACKEND") or "cpu", "GATEWISE_BACKEND"
@@ -35,7 +64,18 @@ def choose(backend: str | None) -> str:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}; got {name!r}")
     if reason := _unavailable(name):
         raise ValueError(f"{source}: {name!r} is {reason}")
+    if name == "cuda":
+        raise ValueError(
+            f"{source}: 'cuda' takes arrays of CuPy, Numba or PyTorch on a CUDA device; x is on the CPU, where the "
+            "backends are cpu and reference"
+        )
     return name
+
+
+def check_is_cuda(backend: str | None) -> None:
+    """The argument `backend` of a call on arrays of a CUDA device, where there is but one."""
+    if backend not in (None, "cuda"):
+        raise ValueError(f"backend: expected 'cuda' or None, for x is on a CUDA device; got {backend!r}")
 
 
 def available_cores() -> int:

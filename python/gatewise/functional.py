@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .backends import choose, choose_num_threads
+from .backends import check_is_cuda, choose, choose_num_threads, cuda
+from .device import Place, operands_of, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,7 +116,7 @@ class Tape:
 
     Attributes:
         cell: name of the cell, a key of `gatewise.cells()`.
-        backend: the backend that ran ("cpu" or "reference").
+        backend: the backend that ran ("cpu", "reference" or "cuda").
         y: [T, N, R] the hidden state after each step, in time order; 0 past a sequence's end. [N, T, R] with
             batch_first, [rows, R] for packed input; so are the leading axes of `gates` and `c`.
         hn: [N, R] the state at the end of each sequence.
@@ -123,7 +124,7 @@ class Tape:
     """
 
     __slots__ = (
-        "_inputs", "_problem", "_saved", "_states", "_training", "_wide", "backend", "cell", "cn", "hn", "y",
+        "_inputs", "_problem", "_saved", "_states", "_stream", "_training", "_wide", "backend", "cell", "cn", "hn", "y",
     )  # fmt: skip
 
     def __init__(
@@ -139,6 +140,7 @@ class Tape:
         saved: Array | None,
         states: Array | None,
         wide: Tape | None = None,
+        stream: Any = None,
     ) -> None:
         self._training, self._problem = training, problem
         self._inputs = inputs  # those of _core.Problem after the cell
@@ -146,6 +148,7 @@ class Tape:
         self.y, self.hn, self.cn = y, hn, cn
         self._saved, self._states = saved, states
         self._wide = wide  # of 16-bit arrays: the tape of the float32 pass that did the work
+        self._stream = stream  # on a CUDA device: of the forward pass, which backward waits for
 
     def __repr__(self) -> str:
         p = self._problem
@@ -168,6 +171,8 @@ class Tape:
             ValueError: the forward pass did not keep them.
         """
         saved, p = self._kept(self._saved, "the gates", "all"), self._problem
+        if self.backend == "cuda":
+            return self._unpack_on_device(saved, p.S, (p.G, p.H))
         if self.backend == "cpu":
             saved = self._unpack(saved, p.S, 0)
         gates: Array = saved[..., : p.G, :].copy()
@@ -184,6 +189,8 @@ class Tape:
         if not self._problem.has_c:
             return None
         states = self._kept(self._states, "every c", "all", "states")
+        if self.backend == "cuda":
+            return self._unpack_on_device(states, 1, (self._problem.H,))
         if self.backend == "cpu":
             states = self._unpack(states, 1, self._problem.N)[..., 0, :]
         return np.array(states)
@@ -199,6 +206,19 @@ class Tape:
         packed = buffer[:size].reshape(panels, skip + p.rows, blocks, p.lanes)[:, skip:]
         out[rows] = packed.transpose(1, 2, 0, 3).reshape(p.rows, blocks, panels * p.lanes)
         unpacked: Array = out.reshape(*leading, blocks, panels * p.lanes)[..., : p.H]
+        return unpacked
+
+    def _unpack_on_device(self, buffer: Array, blocks: int, tail: tuple[int, ...]) -> Array:
+        """[packed row][block][H], the CUDA kernels' layout (cpp/cuda/layer.hpp) -> [T, N, *tail], by way of the CPU"""
+        p, kernels, place, leading = self._problem, cuda(), place_of(self.y), tuple(self.y.shape[:-1])
+        assert place is not None
+        rows, packed = np.empty(p.rows, np.int64), np.empty((p.rows, blocks * p.H), p.dtype)
+        p.write_rows(rows)
+        kernels.read(p, buffer, packed, place.handle)
+        out = np.zeros((int(np.prod(leading)), int(np.prod(tail))), p.dtype)
+        out[rows] = packed[:, : out.shape[1]]
+        unpacked: Array = place.empty((*leading, *tail), p.dtype)
+        kernels.write(p, out, unpacked, place.handle)
         return unpacked
 
     def _kept(self, array: Array | None, what: str, *saves: str) -> Array:
@@ -307,6 +327,12 @@ def _forward(
     """`forward`, its options in their places or in `extras` (see `_extras`). For benchmarks there is `ticks`: uint64
     [3], to which the compiled kernels add; `packed` and `promise` are how a layer keeps its weights packed (see
     _core.pyi)."""
+    place = None if type(x) is np.ndarray else place_of(x)
+    if place is not None:
+        check_is_cuda(backend)
+        choose_num_threads(num_threads)  # no use for it there, but it must be one
+        inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
+        return _forward_on_device(cell, place, inputs, training)
     if getattr(x, "itemsize", 0) == 2 and _is_half(x):
         half = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
         return _forward_16_bit(cell, half, backend=backend, num_threads=num_threads, training=training)
@@ -325,6 +351,39 @@ def _forward(
     inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
     out = reference.forward(cell, inputs)
     return Tape(cell, name, training, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
+
+
+def _forward_on_device(cell: str, place: Place, inputs: tuple[Any, ...], training: bool) -> Tape:
+    """`_forward` on arrays of a CUDA device, on their library's stream."""
+    kernels, loop = cuda(), _core.environment("GATEWISE_CUDA_LOOP")
+    p = kernels.Problem(cell, *inputs, None, place.handle, operands_of(place), loop)
+    saved_size, states_size, scratch_size, _ = p.sizes
+    y, hn = place.empty((*inputs[0].shape[:-1], p.R), p.dtype), place.empty((p.N, p.R), p.dtype)
+    cn = place.empty((p.N, p.H), p.dtype) if p.has_c else None
+    saved = place.empty((saved_size,), p.dtype) if training else None
+    states = place.empty((states_size,), p.dtype) if training and p.has_c else None
+    kernels.forward(p, y, hn, cn, saved, states, place.empty((scratch_size,), "uint8"), place.handle)
+    return Tape(cell, "cuda", training, inputs, p, y, hn, cn, saved, states, stream=place.stream)
+
+
+def _backward_on_device(tape: Tape, incoming: tuple[Any, ...], names: frozenset[str] | None) -> Gradients:
+    """`_backward` of a tape on a CUDA device, on its library's current stream."""
+    p, place = tape._problem, place_of(tape.y)
+    assert place is not None
+    rows, own, traits = p.G * p.H, p.U * p.H, _core.cells[p.cell]
+    shapes: dict[str, tuple[int, ...] | None] = {
+        "dx": tape._inputs[0].shape, "dh0": (p.N, p.R), "dc0": (p.N, p.H) if p.has_c else None,
+        "dw_ih": (rows, p.I), "dw_hh": (rows, p.R) if traits["product"] else None,
+        "db_ih": None if traits["normed"] else (rows,), "db_hh": None if traits["normed"] else (rows,),
+        "dw_unit": (own,) if own else None, "dw_hr": (p.R, p.H) if p.projects else None,
+    }  # fmt: skip
+    grads = Gradients(**{
+        name: place.empty(shape, p.dtype) for name, shape in shapes.items()
+        if shape is not None and (names is None or name in names)
+    })  # fmt: skip
+    scratch = place.empty((p.sizes[3],), "uint8")
+    cuda().backward(p, tape.y, tape._saved, tape._states, *incoming, tuple(grads), scratch, place.handle, fresh=True)
+    return grads
 
 
 def _is_half(x: Any) -> bool:
@@ -403,9 +462,11 @@ def _backward(
         return Gradients(
             *_core.run_backward(p, tape.y, tape._saved, tape._states, dy, dhn, dcn, names, num_threads, ticks)
         )
+    choose_num_threads(num_threads)
+    if tape.backend == "cuda":
+        return _backward_on_device(tape, (dy, dhn, dcn), names)
     from . import reference
 
-    choose_num_threads(num_threads)
     p.check_incoming(dy, dhn, dcn)
     grads = reference.backward(p.cell, tape._inputs, dy, dhn, dcn)
     return Gradients(**{name: grads[name] for name in grads if names is None or name in names})

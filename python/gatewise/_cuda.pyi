@@ -1,0 +1,88 @@
+# As _core.pyi; what is new: `stream`, as CUDA writes it, on which the work is put; arrays are those of a device, except
+# lengths and batch_sizes, and lend the CUDA array interface. Nothing waits for the device, but `read` and `write`.
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Why no kernel can run here, or None; and the devices there are: "NVIDIA H100 (sm_90), driver 13.0"
+def devices() -> tuple[str | None, list[str]]: ...
+
+class Problem:
+    def __init__(
+        self,
+        cell: str,
+        x: Any,
+        w_ih: Any,
+        w_hh: Any,
+        b_ih: Any,
+        b_hh: Any,
+        h0: Any,
+        c0: Any,
+        lengths: Any,
+        reverse: bool,
+        extras: tuple[Any, ...] | None,
+        tensors: Any,
+        stream: int,
+        operands: str | None = None,  # "exact", "tf32", "bf16": cuda::Operands
+        loop: str | None = None,  # "planned", "persistent", "stepwise": cuda::Loop
+    ) -> None: ...
+    @property
+    def cell(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def T(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    @property
+    def I(self) -> int: ...
+    @property
+    def H(self) -> int: ...
+    @property
+    def R(self) -> int: ...
+    @property
+    def U(self) -> int: ...
+    @property
+    def G(self) -> int: ...
+    @property
+    def S(self) -> int: ...
+    @property
+    def has_c(self) -> bool: ...
+    @property
+    def projects(self) -> bool: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def sizes(self) -> tuple[int, int, int, int]: ...
+    def write_rows(self, rows: Any) -> None: ...
+
+def forward(
+    problem: Problem,
+    y: Any,
+    hn: Any,
+    cn: Any,
+    saved: Any,
+    states: Any,
+    scratch: Any,
+    stream: int,
+    tensors: Any = None,
+) -> None: ...
+def backward(
+    problem: Problem,
+    y: Any,
+    saved: Any,
+    states: Any,
+    dy: Any,
+    dhn: Any,
+    dcn: Any,
+    gradients: tuple[Any, ...],
+    scratch: Any,
+    stream: int,
+    fresh: bool = False,  # the gradients of the weights hold no numbers yet, to which others could be added
+    tensors: Any = None,
+) -> None: ...
+def read(problem: Problem, numbers: Any, host: NDArray[np.floating[Any]], stream: int) -> None: ...
+def write(problem: Problem, host: NDArray[np.floating[Any]], numbers: Any, stream: int) -> None: ...
