@@ -261,6 +261,28 @@ def test_what_is_not_there_is_said(library: ctypes.CDLL) -> None:
         run(library, problem, problems.draw(problem))
 
 
+@pytest.mark.parametrize("how", ["deferred", "replayed"])
+@pytest.mark.parametrize("options", ["lengths,reverse,h0", "zoneout,h0", "packed,h0"])
+def test_a_call_leaves_nothing_behind_that_is_read_later(library: ctypes.CDLL, options: str, how: str) -> None:
+    """The same bits where the kernels run after the call has returned, and where they are captured in a graph and run
+    again on other numbers."""
+    problem = Problem.parse(f"lstm:T4,N3,I2,H5:f64:{options}")
+    inputs = problems.draw(problem)
+    expected = run(library, problem, inputs)
+    switch = library.cuda_host_deferred if how == "deferred" else library.gatewise_replay
+    try:
+        switch(1)
+        results = run(library, problem, inputs)
+    finally:
+        switch(0)
+    assert all(np.array_equal(results[name], expected[name]) for name in expected)
+
+
+def test_many_sequences(library: ctypes.CDLL) -> None:
+    """More than one kernel's parameters hold the lengths of."""
+    check(library, Problem.parse("gru:T2,N600,I1,H1:f64:lengths,reverse"))
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru_norm"])
 def test_same_bits_in_any_order_of_threads(library: ctypes.CDLL, cell: str) -> None:
     problem = Problem.parse(f"{cell}:T3,N4,I5,H9:f32:lengths,reset,h0")

@@ -61,9 +61,9 @@ struct Rows {
 
   Index live(Index s) const { return offset[s + 1] - offset[s]; }
 
-  template <class T> void fill(const Problem<T>& p) {
+  // order and offset
+  template <class T> void sort(const Problem<T>& p) {
     const Index steps = p.dims.T, N = p.dims.N;
-    const Sequence<T>& of = p.sequence;
     // Counting sort. Before placing, offset[l] = sequences longer than l, the first position of length l;
     // placing advances it to sequences of length l or more, which is the live count of step l - 1.
     for (Index l = 0; l <= steps; ++l) offset[l] = 0;
@@ -76,7 +76,12 @@ struct Rows {
     for (Index n = 0; n < N; ++n) order[offset[length_of(p, n)]++] = n;
     offset[0] = 0;
     for (Index s = 0; s < steps; ++s) offset[s + 1] += offset[s];
+  }
 
+  template <class T> void fill(const Problem<T>& p) {
+    const Index steps = p.dims.T, N = p.dims.N;
+    const Sequence<T>& of = p.sequence;
+    sort(p);
     const bool packed = of.layout == Layout::packed;  // there the order is the caller's own, and so is `offset`
     const Index per_step = of.layout == Layout::time_major ? N : 1,
                 per_sequence = of.layout == Layout::time_major ? 1 : steps;

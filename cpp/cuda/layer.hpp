@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/rows.hpp"
 #include "persistent.hpp"
+#include "rows.hpp"
 
 namespace gatewise::cuda { namespace {
 
@@ -39,7 +39,7 @@ template <class Cell, class T> struct Pass {
   Rows rows;      // on the device
   Index* length;  // [N] on the device, by sorted position
   std::vector<Index> memory;
-  Rows on_host;  // in `memory`
+  Rows on_host;  // in `memory`: order and offset
   Walk<T> walk;
 
   Pass(const Problem<T>& p, Arena& arena, cudaStream_t stream)
@@ -52,27 +52,35 @@ template <class Cell, class T> struct Pass {
       throw std::invalid_argument(
           "save: the CUDA kernels keep all that backward needs; \"states\" and \"checkpoints\" "
           "are the CPU's only");
-    for (const Index count : {rows.count, D * d.H, d.I})
+    for (const Index count : {rows.count, d.N, d.T, D * d.H, d.I})
       if (count > kMostRows)
         throw std::invalid_argument("x: the CUDA kernels count rows and columns in 32 bits; got " +
                                     std::to_string(count) + " of one kind");
   }
 
-  // Orders the rows and sends what the kernels need of that. The copy has left `memory` when the call returns.
+  // Orders the rows, on the host as far as the loop needs it, and on the device
   void prepare() {
     Arena counts(nullptr);
-    (void)Rows(counts, d.T, d.N, rows.count);
-    counts.take<Index>(d.N);
+    (void)Rows(counts, d.T, d.N, 0);
     memory.resize(counts.bytes() / sizeof(Index) + 1);
     Arena arena(memory.data());
-    on_host = Rows(arena, d.T, d.N, rows.count);
-    Index* const lengths = arena.take<Index>(d.N);
-    on_host.fill(problem);
-    for (Index i = 0; i < d.N; ++i) lengths[i] = length_of(problem, on_host.order[i]);
-    const auto bytes = std::size_t(lengths + d.N - on_host.order) * sizeof(Index);
-    GATEWISE_CUDA_CHECK(cudaMemcpyAsync(rows.order, on_host.order, bytes, cudaMemcpyHostToDevice, stream));
-
+    on_host = Rows(arena, d.T, d.N, 0);
+    on_host.sort(problem);
     const Sequence<T>& of = problem.sequence;
+    const RowOrder order{d.T,        d.N,    !of.lengths, of.reverse, of.layout, of.step_stride, of.sequence_stride,
+                         rows.order, length, rows.offset, rows.place, rows.x_at};
+    for (Index begin = 0; of.lengths && begin < d.N; begin += SomeSequences::most) {
+      const Index count = least(SomeSequences::most, d.N - begin);
+      SomeSequences some{};
+      for (Index k = 0; k < count; ++k) {
+        const Index n = on_host.order[begin + k];
+        some.of[k] = {std::int32_t(n), std::int32_t(of.lengths[n])};
+      }
+      each(put_sequences, 1, count, stream, some, begin, count, order);
+    }
+    each(start_rows, 1, d.T + 1 > d.N ? d.T + 1 : d.N, stream, order);
+    each(place_rows, d.T, d.N, stream, order);
+
     walk = {d.T,
             d.N,
             d.H,

@@ -22,8 +22,17 @@ class Device {
   template <class T> T* send(const void* from, Index n) {
     if (!from) return nullptr;
     T* const to = static_cast<T*>(take(std::size_t(n) * sizeof(T)));
-    if (n) GATEWISE_CUDA_CHECK(cudaMemcpy(to, from, std::size_t(n) * sizeof(T), cudaMemcpyHostToDevice));
+    sent_.push_back({const_cast<void*>(from), to, std::size_t(n) * sizeof(T)});
+    copy(sent_.back(), cudaMemcpyHostToDevice);
     return to;
+  }
+  // Makes NaN of all that was sent, and sends it again
+  void spoil() {
+    for (const Pair& p : sent_)
+      if (p.bytes) GATEWISE_CUDA_CHECK(cudaMemset(p.device, 0xff, p.bytes));
+  }
+  void send_again() {
+    for (const Pair& p : sent_) copy(p, cudaMemcpyHostToDevice);
   }
   template <class T> T* result(void* host, Index n, bool added_to = false) {
     if (!host) return nullptr;
@@ -33,18 +42,21 @@ class Device {
     return p;
   }
   void fetch() {
-    for (const Result& r : results_)
-      if (r.bytes) GATEWISE_CUDA_CHECK(cudaMemcpy(r.host, r.device, r.bytes, cudaMemcpyDeviceToHost));
+    for (const Pair& p : results_) copy(p, cudaMemcpyDeviceToHost);
   }
 
  private:
-  struct Result {
+  struct Pair {
     void* host;
     void* device;
     std::size_t bytes;
   };
+  static void copy(const Pair& p, cudaMemcpyKind kind) {
+    const bool back = kind == cudaMemcpyDeviceToHost;
+    if (p.bytes) GATEWISE_CUDA_CHECK(cudaMemcpy(back ? p.host : p.device, back ? p.device : p.host, p.bytes, kind));
+  }
   std::vector<void*> blocks_;
-  std::vector<Result> results_;
+  std::vector<Pair> sent_, results_;
 };
 
 }  // namespace gatewise::cuda

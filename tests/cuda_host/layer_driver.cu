@@ -5,6 +5,7 @@
 #ifndef GATEWISE_WEIGHT_REGISTERS
 #define GATEWISE_WEIGHT_REGISTERS 16  // so few that the persistent kernels have weights in shared memory too
 #endif
+#include "cuda/graph.hpp"
 #include "cuda/layer.cu"  // the library in one program with its driver, as build.py takes it
 #include "device_memory.hpp"
 
@@ -28,9 +29,18 @@ struct Call {
 
 namespace {
 
+bool replays = false;
+
+// A stream that waits for no other
+struct Stream {
+  cudaStream_t stream;
+  Stream() { GATEWISE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(stream); }
+};
+
 template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
   Device device;
-  cudaStream_t stream = nullptr;
+  const Stream own;
   const Index gates = c.G * c.H;
   Problem<T> p{};
   p.dims = {c.T, c.N, c.I, c.H, c.R};
@@ -64,10 +74,9 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
     if (c.cn) f.states = static_cast<T*>(device.take(sizes.states * sizeof(T)));
   }
   f.scratch = device.take(sizes.forward_scratch);
-  kernels.forward(f, execution, stream);
 
+  Backward<T> b{};
   if (c.trains) {
-    Backward<T> b{};
     b.problem = p, b.y = f.y, b.saved = f.saved, b.states = f.states;
     b.dy = device.send<T>(c.dy, c.rows * c.R), b.dhn = device.send<T>(c.dhn, c.N * c.R);
     b.dcn = device.send<T>(c.dcn, c.N * c.H);
@@ -77,9 +86,23 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
     b.db_ih = device.result<T>(c.db_ih, gates, true), b.db_hh = device.result<T>(c.db_hh, gates, true);
     b.dw_unit = device.result<T>(c.dw_unit, c.U * c.H, true), b.dw_hr = device.result<T>(c.dw_hr, c.R * c.H, true);
     b.scratch = device.take(sizes.backward_scratch);
-    kernels.backward(b, execution, stream);
   }
-  GATEWISE_CUDA_CHECK(cudaStreamSynchronize(stream));
+  const auto enqueue = [&](cudaStream_t stream) {
+    kernels.forward(f, execution, stream);
+    if (c.trains) kernels.backward(b, execution, stream);
+  };
+  Graph graph;
+  if (replays) {
+    graph.record(enqueue);
+    device.spoil();
+    graph.launch(own.stream);
+    GATEWISE_CUDA_CHECK(cudaStreamSynchronize(own.stream));
+    device.send_again();
+    graph.launch(own.stream);
+  } else {
+    enqueue(own.stream);
+  }
+  GATEWISE_CUDA_CHECK(cudaStreamSynchronize(own.stream));
   device.fetch();
 }
 
@@ -133,6 +156,9 @@ extern "C" int gatewise_run_product(const ProductCall* call, char* message, std:
   std::strncpy(message, error.what(), size - 1);
   return 1;
 }
+
+// Whether layers run from now on as the second replay of a graph, the first being on other numbers
+extern "C" void gatewise_replay(int on) { replays = on != 0; }
 
 // 0, or 1 with a sentence in message [size]
 extern "C" int gatewise_run_layer(const Call* call, char* message, std::size_t size) try {
