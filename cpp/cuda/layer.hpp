@@ -76,10 +76,10 @@ template <class Cell, class T> struct Pass {
         const Index n = on_host.order[begin + k];
         some.of[k] = {std::int32_t(n), std::int32_t(of.lengths[n])};
       }
-      each(put_sequences, 1, count, stream, some, begin, count, order);
+      each(put_sequences<RowOrder>, 1, count, stream, some, begin, count, order);
     }
-    each(start_rows, 1, d.T + 1 > d.N ? d.T + 1 : d.N, stream, order);
-    each(place_rows, d.T, d.N, stream, order);
+    each(start_rows<RowOrder>, 1, d.T + 1 > d.N ? d.T + 1 : d.N, stream, order);
+    each(place_rows<RowOrder>, d.T, d.N, stream, order);
 
     walk = {d.T,
             d.N,

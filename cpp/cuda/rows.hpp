@@ -23,8 +23,10 @@ struct RowOrder {
   Index *offset, *place, *x_at;        // as in Rows
 };
 
+// The kernels are templates, as all here, so that a header can hold them; Order is RowOrder.
+
 // Sequences [begin, begin + count) of the order
-inline __global__ void put_sequences(SomeSequences some, Index begin, Index count, RowOrder rows) {
+template <class Order> __global__ void put_sequences(SomeSequences some, Index begin, Index count, Order rows) {
   const Element e;
   if (!e.in(1, count)) return;
   rows.order[begin + e.column] = some.of[e.column].n;
@@ -32,7 +34,7 @@ inline __global__ void put_sequences(SomeSequences some, Index begin, Index coun
 }
 
 // offset of each step, and, where all are equal, the order: one thread a step or sequence
-inline __global__ void start_rows(RowOrder rows) {
+template <class Order> __global__ void start_rows(Order rows) {
   const Element e;
   const Index k = e.column;
   if (e.row > 0) return;
@@ -45,7 +47,7 @@ inline __global__ void start_rows(RowOrder rows) {
 }
 
 // place and x_at of [steps, N], those that are live
-inline __global__ void place_rows(RowOrder rows) {
+template <class Order> __global__ void place_rows(Order rows) {
   const Element e;
   if (!e.in(rows.steps, rows.N)) return;
   const Index s = e.row, i = e.column, n = rows.order[i], t = rows.reverse ? rows.length[i] - 1 - s : s;
