@@ -419,7 +419,7 @@ template <class Cell, class T> struct PersistentLoop {
     const Dims& d = p.dims;
     // A projection may leave as many numbers as there are units, and takes its barrier yet
     const Index R = projects ? d.R - 1 : d.H;
-    problem = {Cell::G, Cell::has_c, Cell::has_product, has_middle, d.N, d.H, R, storage, size, backward};
+    problem = StepProblem{Cell::G, Cell::has_c, Cell::has_product, has_middle, d.N, d.H, R, storage, size, backward};
     plan = plan_layer(execution.device, problem);
     if (execution.loop == Loop::persistent && !plan.persistent())
       throw std::invalid_argument(std::string("loop: expected one that can be persistent; ") + sentence(plan.reason));
