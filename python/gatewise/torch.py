@@ -37,6 +37,7 @@ _TENSORS = (
     "h_mask", "lengths", "batch_sizes", "reset", "seed",
 )  # fmt: skip
 _GRADIENTS, _ALL = 9, len(_TENSORS)
+_NO_MORE = (None,) * (_ALL - _GRADIENTS)
 _N_AXIS_0 = ("h0", "c0", "h_mask", "lengths")  # tensors whose first axis is the batch in every layout
 _INPUTS = (
     ", ".join(f"Tensor{'' if name in ('x', 'w_ih') else '?'} {name}" for name in _TENSORS)
@@ -367,26 +368,28 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _op_gradients(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, *_: Any) -> tuple[Maybe, ...]:
-    nothing = [None] * (len(_Options._fields) + 1)
-    return (*_gradients(ctx, (dy, dhn, dcn), ctx.needs_input_grad[:_GRADIENTS]), *nothing)
+    incoming = dy, dhn, dcn if _has_c(ctx.options.cell) else None
+    got = _gradients(ctx.options, ctx.saved_tensors, incoming, ctx.needs_input_grad[:_GRADIENTS])
+    return (*got, *_NO_MORE, *[None] * (len(_Options._fields) + 1))
 
 
-def _gradients(ctx: Any, incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[bool]) -> list[Maybe]:
-    """Of all tensors of the call, from the gradients of y, hn and cn."""
+def _gradients(
+    options: _Options, kept: Sequence[Maybe], incoming: tuple[Maybe, Maybe, Maybe], wanted: Sequence[bool]
+) -> list[Maybe]:
+    """Of the first `_GRADIENTS` tensors of a call, from those of y, hn and cn. kept: all tensors, y, saved, states."""
     dy, dhn, dcn = incoming
     if dy is None and dhn is None and dcn is None:
-        return [None] * _ALL
-    *tensors, y, saved, states = ctx.saved_tensors
-    none: list[Maybe] = [None] * (_ALL - _GRADIENTS)
-    if not _has_c(ctx.options.cell):
-        incoming = dy, dhn, None
+        return [None] * _GRADIENTS
+    *tensors, y, saved, states = kept
     if torch.is_grad_enabled() or _is_watched((dy, dhn, dcn, y, *tensors)):  # the op can be differentiated once more
         x = tensors[0]
+        assert x is not None
         tape = y, _present(saved, x), _present(states, x)
         wanted = [bool(w) for w in wanted]
-        got = _call("backward", *incoming, *tensors, *ctx.options, *tape, wanted)
-        return [d if is_wanted else None for d, is_wanted in zip(got, wanted)] + none
-    return _backward(tensors, ctx.options, y, saved, states, incoming, wanted) + none
+        got = _call("backward", *incoming, *tensors, *options, *tape, wanted)
+        return [d if is_wanted else None for d, is_wanted in zip(got, wanted)]
+    assert y is not None
+    return _backward(tensors, options, y, saved, states, incoming, wanted)
 
 
 class _Run(torch.autograd.Function):
@@ -401,9 +404,41 @@ class _Run(torch.autograd.Function):
         return y, hn, cn
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Any) -> Any:
-        dy, dhn, dcn = incoming
-        return (None, *_gradients(ctx, (dy, dhn, dcn), ctx.needs_input_grad[1 : 1 + _GRADIENTS]))
+    def backward(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe) -> Any:
+        wanted = ctx.needs_input_grad[1 : 1 + _GRADIENTS]
+        return (None, *_gradients(ctx.options, ctx.saved_tensors, (dy, dhn, dcn), wanted), *_NO_MORE)
+
+
+class _RunStep(torch.autograd.Function):
+    """The same of one step, of the tensors before w_unit. Its y is hn; autograd's time is a matter of how many tensors
+    it has to look after, and here there is little else."""
+
+    @staticmethod
+    def forward(ctx: Any, options: _Options, *tensors: Maybe) -> Any:
+        _, hn, cn, saved, states = _forward(_of_step(tensors), options, True)
+        ctx.options = options
+        ctx.save_for_backward(*tensors, hn, saved, states)
+        ctx.set_materialize_grads(False)
+        return hn if cn is None else (hn, cn)
+
+    @staticmethod
+    def backward(ctx: Any, dhn: Maybe, dcn: Maybe = None) -> Any:
+        *tensors, hn, saved, states = ctx.saved_tensors
+        kept = *_of_step(tensors), hn, saved, states
+        wanted = *ctx.needs_input_grad[1:], False, False
+        return (None, *_gradients(ctx.options, kept, (None, dhn, dcn), wanted)[: len(tensors)])
+
+
+@lru_cache(maxsize=64)
+def _one_step(N: int) -> Tensor:
+    return torch.tensor([N] * (N > 0), dtype=torch.int64)
+
+
+def _of_step(tensors: Sequence[Maybe]) -> tuple[Maybe, ...]:
+    """All tensors of a call, from those before w_unit of one step: a packed batch."""
+    x = tensors[0]
+    assert x is not None
+    return (*tensors, None, None, None, None, _one_step(x.shape[0]), None, None)
 
 
 def _keep_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -585,6 +620,20 @@ def _layer(
                 # not Function's own, which first looks for torch.func: nobody watches
                 return super(torch.autograd.Function, _Run).apply(options, *tensors)  # type: ignore[no-untyped-call, no-any-return]
     return _forward(tensors, options, False, packed=packed)[:3]
+
+
+def _layer_step(tensors: tuple[Maybe, ...], options: _Options) -> tuple[Tensor, Maybe]:
+    """hn, cn (None for a cell without c) of one step, of the tensors before w_unit, x [N, I]."""
+    if _is_watched(tensors):
+        x, *rest = tensors
+        assert x is not None
+        return _layer((x.unsqueeze(0), *rest, *(None,) * (_ALL - len(tensors))), options)[1:]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                got = super(torch.autograd.Function, _RunStep).apply(options, *tensors)  # type: ignore[no-untyped-call]
+                return got if isinstance(got, tuple) else (got, None)
+    return _forward(_of_step(tensors), options, False)[1:3]
 
 
 def _is_autocast() -> bool:
@@ -990,12 +1039,7 @@ class IndRNN(_Layers):
         )  # fmt: skip
 
 
-# -- cells: a packed batch of one step ---------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def _one_step(N: int) -> Tensor:
-    return torch.tensor([N] * (N > 0), dtype=torch.int64)
+# -- cells -------------------------------------------------------------------------------------------------------
 
 
 _STEPS = {cell: _Options(cell) for cell in _core.cells}
@@ -1005,13 +1049,11 @@ _STEP_WEIGHTS_ALONE = (*_STEP_WEIGHTS[:2], None, None)  # without biases
 
 def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Tensor, Maybe]:
     """h and c after one step; input [N, I] or [I]."""
-    name = type(module).__name__
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     states = [s for s in (h, c) if s is not None]
-    for state in states:
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {state.dim()}D instead")
+    for tensor in (input, *states):
+        if tensor.dim() not in (1, 2):
+            name, what = type(module).__name__, "input" if tensor is input else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
     if input.dim() == 1:
         input, h, c = input.unsqueeze(0), *(None if s is None else s.unsqueeze(0) for s in (h, c))
         hn, cn = _step(module, cell, input, h, c)
@@ -1032,13 +1074,7 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
     autocast = _is_autocast()
     if autocast:
         h, c = (None if s is None else s.to(x.dtype) for s in (h, c))
-    steps = None
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
-        x = x.unsqueeze(0)
-    else:
-        steps = _one_step(N)
-    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, steps, None, None)
-    _, hn, cn = _layer(tensors, _STEPS[cell])
+    hn, cn = _layer_step((x, h, c, w_ih, w_hh, b_ih, b_hh), _STEPS[cell])
     dtype = torch.float32 if autocast and input.dtype in _16_BIT else input.dtype
     if hn.dtype is not dtype:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
