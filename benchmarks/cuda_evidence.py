@@ -1,11 +1,10 @@
 """What can be known of the CUDA kernels without a GPU: `make cuda-evidence`. Nothing here ran on one.
 
-Three tables, beside that of the launch plan (cuda_plan.py):
+Two tables, for which nvcc compiles; cuda_plan.py computes two more, which need no compiler:
   cuda_kernels.csv    each kernel on each target, as nvcc makes it: registers, spills, stack, static shared memory, and
                       how many instructions of each kind its machine code has
   cuda_occupancy.csv  the launches that layers make (recorded by the tests' host runtime, which runs no kernel of them):
                       how many blocks of each are resident on a card, by NVIDIA's own count
-  cuda_roofline.csv   the least time of a step on a card, from its data sheet, and what bounds it
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import gatewise as gw
 from compiler import ROOT
+from gatewise.problems import Problem
 
 RESULTS = ROOT / "benchmarks/results"
 TARGETS = "75", "80", "86", "89", "90a", "100", "120"
@@ -166,12 +167,11 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL(str(build.build(build.HERE / "layer_driver.cu")))
 
 
-def launches(text: str) -> list[Launch]:
-    """What a layer launches for a problem, in order; no kernel of it runs."""
+def launches(problem: Problem) -> list[Launch]:
+    """What a layer launches for a problem, step by step, in order; no kernel of it runs."""
     import problems
     import test_cuda_kernels as layer
 
-    problem = problems.Problem.parse(text)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "launches.csv"
         driver().cuda_host_record(str(path).encode())
@@ -198,95 +198,32 @@ OPTIONS = ("lengths,h0", "mask,reset,h0", "project,h0")
 
 def occupancy(made: dict[str, dict[str, Row]]) -> Iterator[Row]:
     """Each kind of launch on each card, once. made: the rows of `kernels` by target and mangled name."""
-    from plans import CARDS, library
+    from plans import CARDS, library, plan, problem
     from problems import fits
 
     kinds: set[tuple[str, int, int]] = set()
-    for cell, dtype, shape, options in itertools.product(gw.cells(), ("f32", "f64"), SHAPES, OPTIONS):
-        own = [option for option in options.split(",") if fits(cell, [option])]
-        called = launches(f"{cell}:{shape}:{dtype}:{','.join(own)}")
-        kinds |= {(call.kernel, call.threads, call.shared) for call in called}
+    shapes = [Problem.parse(f"{cell}:{shape}:{dtype}:train")
+              for cell, shape, dtype in itertools.product(gw.cells(), SHAPES, ("f32", "f64"))]  # fmt: skip
+    for shape, options in itertools.product(shapes, OPTIONS):
+        own = frozenset(option for option in options.split(",") if fits(shape.cell, [option]))
+        kinds |= {(call.kernel, call.threads, call.shared) for call in launches(replace(shape, options=own))}
     for card, limits in CARDS.items():
         rows = made[TARGET_OF[f"{limits.major}.{limits.minor}"]]
-        for kernel, threads, dynamic in sorted(kinds):
+        mangled = {(base, row["cell"], row["dtype"]): name for name, row in rows.items()
+                   if (base := row["kernel"].partition("<")[0]).startswith("persistent_")}  # fmt: skip
+        planned = set()  # by the card's own limits
+        for of, backward in itertools.product(shapes, (False, True)):
+            loop = plan(limits, problem(of.cell, of.N, of.H, of.dtype, backward))
+            if loop.persistent:
+                kernel = mangled["persistent_backward" if backward else "persistent_forward", of.cell, of.dtype]
+                planned.add((kernel, loop.block, loop.shared_bytes))
+        for kernel, threads, dynamic in sorted(kinds | planned):
             row = rows[kernel]
             shared = dynamic + row["static_shared"]
             blocks = library().nvidia_resident(limits, threads, row["registers"], shared)
             share = blocks * -(-threads // 32) * 32 / limits.threads_per_multiprocessor
             yield {"card": card, **{name: row[name] for name in ("kernel", "cell", "dtype", "registers")},
                    "threads": threads, "shared": shared, "blocks": blocks, "occupancy": round(share, 3)}  # fmt: skip
-
-
-# ---- The least time of a step -------------------------------------------------------------------------------
-
-
-class Sheet(NamedTuple):
-    """What a card's maker promises: rates of multiplications and additions in 10^12 a second, without sparsity, bytes
-    from memory in 10^9 a second, and the boost clock in GHz."""
-
-    f32: float
-    f64: float
-    memory: float
-    clock: float
-
-
-# NVIDIA's data sheets and white papers: T4; A100 40 GB (SXM4); GA102 (RTX 3090); Ada (RTX 4090); L4; H100 (SXM5); the
-# HGX B200's; RTX Blackwell (RTX 5090). Where a sheet leaves double out, it is 1/32 of float's rate (T4) or 1/64. The
-# sheets of H100 and B200 give no clock: theirs are those that drivers report as the most.
-SHEETS = {
-    "T4": Sheet(8.1, 8.1 / 32, 320, 1.590),
-    "A100 40GB": Sheet(19.5, 9.7, 1555, 1.410),
-    "RTX 3090": Sheet(35.6, 35.6 / 64, 936, 1.695),
-    "RTX 4090": Sheet(82.6, 82.6 / 64, 1008, 2.520),
-    "L4": Sheet(30.3, 30.3 / 64, 300, 2.040),
-    "H100 SXM": Sheet(66.9, 33.5, 3350, 1.980),
-    "B200": Sheet(80.0, 40.0, 8000, 1.965),
-    "RTX 5090": Sheet(104.8, 104.8 / 64, 1792, 2.407),
-}
-SHARED_BYTES = 128  # of shared memory that a multiprocessor reads or writes in a clock: 32 banks of 4 bytes
-
-
-def step(card: str, cell: str, dtype: str, N: int, H: int, backward: bool) -> Row:
-    """The least time of one step of a training layer with I = H on a card, by what can bound it.
-
-    flops     of the products: of x and h forward; backward the same, and again for the gradients of the weights
-    memory    what arrives from memory and goes to it once, whatever the caches: arguments, results, the tape; w_hh
-              too, if it is read anew at each step and the L2 cache cannot hold it
-    shared    persistent only: weights that are not in registers, once for each tile of the batch, and what the step
-              exchanges, in and out
-    Nothing is counted for the barrier of a persistent step or for the launches of a stepwise one.
-    """
-    from plans import CARDS, DTYPES, FRAGMENT_BYTES, plan, problem
-
-    limits, sheet, facts = CARDS[card], SHEETS[card], gw.cells()[cell]
-    G, bytes_each = facts["G"], DTYPES[dtype][0]
-    made = plan(limits, problem(cell, N, H, dtype, backward))
-    flops = 2 * N * G * H * (H + H) * (2 if backward else 1)
-    tape = (facts["S"] + facts["has_c"]) * H
-    # forward: x in, y out; backward: dy, x and y in, dx out
-    numbers = N * (tape + (4 if backward else 2) * H)
-    whole = G * H * H * bytes_each
-    moved = numbers * bytes_each + (0 if made.persistent or whole <= limits.l2_bytes else whole)
-    microseconds = {"flops": flops / getattr(sheet, dtype) * 1e-6, "memory": moved / sheet.memory * 1e-3, "shared": 0.0}
-    if made.persistent:
-        columns = G * H if backward else H
-        held = (made.fragments - made.register_fragments) * FRAGMENT_BYTES * -(-N // made.batch_tile)
-        shared = held + 2 * N * columns * bytes_each
-        microseconds["shared"] = shared / (SHARED_BYTES * sheet.clock) * 1e-3
-    by = max(microseconds, key=lambda name: microseconds[name])
-    return {
-        "card": card, "cell": cell, "dtype": dtype, "pass": "backward" if backward else "forward", "N": N, "H": H,
-        "loop": "persistent" if made.persistent else "stepwise", "mflop": round(flops / 1e6, 3),
-        "kb": round(moved / 1e3, 3), **{f"{name}_us": f"{us:.3g}" for name, us in microseconds.items()},
-        "least_us": f"{microseconds[by]:.3g}", "bound_by": by,
-    }  # fmt: skip
-
-
-def roofline() -> Iterator[Row]:
-    for card, cell, dtype, N, H, backward in itertools.product(
-        SHEETS, ("lstm", "gru"), ("f32", "f64"), (1, 32, 128), (128, 256, 512, 1024, 2048), (False, True)
-    ):
-        yield step(card, cell, dtype, N, H, backward)
 
 
 # ---- The tables ---------------------------------------------------------------------------------------------
@@ -339,7 +276,6 @@ def main() -> None:
     rows = [row | stamp for of_target in made.values() for row in of_target.values()]
     write(folder / "cuda_kernels.csv", sorted(rows, key=lambda row: (row["kernel"], TARGETS.index(row["target"][3:]))))
     write(folder / "cuda_occupancy.csv", occupancy(made))
-    write(folder / "cuda_roofline.csv", roofline())
 
 
 if __name__ == "__main__":
