@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,12 +59,12 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(build.build(build.HERE / "layer_driver.cu")))
 
 
-def called(function: Any, call: ctypes.Structure, arrays: dict[str, np.ndarray]) -> None:
+def called(function: Any, call: ctypes.Structure | None, arrays: dict[str, np.ndarray]) -> None:
     """Lends the arrays to a function of the driver; its sentence, if it fails, is a RuntimeError."""
     for name, array in arrays.items():
         setattr(call, name, array.ctypes.data)
     message = ctypes.create_string_buffer(1000)
-    if function(ctypes.byref(call), message, ctypes.c_size_t(1000)):
+    if function(*([ctypes.byref(call)] if call else []), message, ctypes.c_size_t(1000)):
         raise RuntimeError(message.value.decode())
 
 
@@ -259,6 +259,59 @@ def test_what_is_not_there_is_said(library: ctypes.CDLL) -> None:
     problem = Problem.parse("lstm:T2,N2,I2,H3:f32:checkpoints")
     with pytest.raises(RuntimeError, match="save: the CUDA kernels keep all"):
         run(library, problem, problems.draw(problem))
+
+
+class CublasCalls(ctypes.Structure):
+    _fields_ = [("products", ctypes.c_int), ("math_mode", ctypes.c_int)]
+
+
+@pytest.fixture
+def cublas(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[CublasCalls]:
+    """Layers run with a stand-in for cuBLAS; what it counts."""
+    command = [build.COMPILER, "-shared", "-fPIC", "-O1", "-Wall", source := build.HERE / "fake_cublas.cpp"]
+    fake = build.make("libcublas.so", [source], command)
+    monkeypatch.setenv("GATEWISE_CUBLAS", str(fake))
+    called(library.gatewise_find_cublas, None, {})
+    yield CublasCalls.in_dll(ctypes.CDLL(str(fake)), "fake_cublas_calls")
+    monkeypatch.setenv("GATEWISE_CUBLAS", "0")
+    called(library.gatewise_find_cublas, None, {})
+
+
+@pytest.mark.parametrize(
+    ("problem", "products"),
+    [
+        ("gru:T4,N3,I7,H17:f64:h0", 6),  # gx; dx and dw_ih, each in two parts, for dgx is rotated; dw_hh
+        ("gru_reset_before:T4,N3,I7,H17:f32:h0", 5),  # the last gate's rows of dw_hh apart
+        ("lstm_norm:T5,N4,I3,H9:f32:h0", 4),  # gx among what is saved
+        ("lstm:T5,N4,I3,H9:f64:project,h0", 5),
+        ("lstm:T5,N4,I3,H9:f32:packed,h0", 4),
+        ("lstm:T5,N4,I3,H9:f32:strided,h0", 2),  # dx and dw_hh
+        ("lstm:T5,N4,I3,H9:f64:lengths,h0", 1),  # rows of x and dx are somewhere: dw_hh
+        ("lstm:T5,N4,I3,H9:f64:reverse", 1),
+        ("lstm:T5,N4,I3,H9:f32:batch,h0", 1),
+        ("indrnn_tanh:T0,N3,I2,H4:f64:h0", 0),
+    ],
+)
+def test_cublas_where_it_is_asked_for(library: ctypes.CDLL, cublas: CublasCalls, problem: str, products: int) -> None:
+    """Right results, from the products that it can make: those of evenly strided rows."""
+    before = cublas.products
+    check(library, Problem.parse(problem))
+    assert cublas.products - before == products
+
+
+def test_cublas_rounds_operands_where_that_is_allowed(library: ctypes.CDLL, cublas: CublasCalls) -> None:
+    problem = Problem.parse("gru:T2,N2,I2,H3:f32:h0")
+    inputs = problems.draw(problem)
+    for operands, mode in (0, 2), (1, 3), (2, 2):  # exact, tf32, bf16: pedantic or tf32
+        run(library, problem, inputs, operands=operands)
+        assert cublas.math_mode == mode
+
+
+def test_a_cublas_that_is_not_there_is_said(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, sentence in ("/nowhere/libcublas.so", "cannot open"), (library._name, "has no cublasCreate_v2"):
+        monkeypatch.setenv("GATEWISE_CUBLAS", file)
+        with pytest.raises(RuntimeError, match=f"GATEWISE_CUBLAS: .*{sentence}"):
+            called(library.gatewise_find_cublas, None, {})
 
 
 @pytest.mark.parametrize("how", ["deferred", "replayed"])

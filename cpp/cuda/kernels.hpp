@@ -16,10 +16,14 @@ enum class Loop { planned, persistent, stepwise };
 // always; double's products are never rounded.
 enum class Operands { exact, tf32, bf16 };
 
+class Cublas;                 // cublas.hpp
+const Cublas* find_cublas();  // what GATEWISE_CUBLAS names, 1: any that is installed; null where it is 0 or not set
+
 struct Execution {
   DeviceLimits device;  // of the stream's device
   Loop loop = Loop::planned;
   Operands operands = Operands::exact;
+  const Cublas* cublas = nullptr;  // that makes the products of all steps, or null: our own kernels do
 };
 
 // Of a device, asked one attribute at a time: cudaGetDeviceProperties() takes milliseconds.

@@ -15,6 +15,8 @@ template <class... Cell> struct Table<List<Cell...>> {
 };
 }  // namespace
 
+const Cublas* find_cublas() { return cublas_of_environment(); }
+
 KernelList kernels() { return {std::begin(Table<Cells>::rows), std::end(Table<Cells>::rows)}; }
 
 }  // namespace gatewise::cuda

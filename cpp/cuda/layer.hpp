@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cublas.hpp"
 #include "persistent.hpp"
 #include "rows.hpp"
 
@@ -36,18 +37,20 @@ template <class Cell, class T> struct Pass {
   bool projects;
   Index stage_units;  // of the product in the stage, or R of the projection; 0: there is none
   cudaStream_t stream;
+  LargeProducts<T> products;
   Rows rows;      // on the device
   Index* length;  // [N] on the device, by sorted position
   std::vector<Index> memory;
   Rows on_host;  // in `memory`: order and offset
   Walk<T> walk;
 
-  Pass(const Problem<T>& p, Arena& arena, cudaStream_t stream)
+  Pass(const Problem<T>& p, const Execution& execution, Arena& arena, cudaStream_t stream)
       : problem(p), d(p.dims), projects(F::may_project && p.weights.w_hr),
         stage_units(Cell::middle == Middle::product ? d.H
                     : projects                      ? d.R
                                                     : 0),
-        stream(stream), rows(arena, d.T, d.N, count_rows(p)), length(arena.take<Index>(d.N)), on_host(rows) {
+        stream(stream), products(execution, arena, stream), rows(arena, d.T, d.N, count_rows(p)),
+        length(arena.take<Index>(d.N)), on_host(rows) {
     if (p.save != Save::all)
       throw std::invalid_argument(
           "save: the CUDA kernels keep all that backward needs; \"states\" and \"checkpoints\" "
@@ -101,6 +104,24 @@ template <class Cell, class T> struct Pass {
             problem.zoneout};
   }
 
+  // Rows of x and of dx, of packed row `begin` on: evenly strided, where all sequences walk in the order of memory
+  bool in_order() const { return !problem.sequence.reverse && rows.count == d.T * d.N; }
+  RowsAt<const T> x_rows(Index begin) const {
+    const Sequence<T>& of = problem.sequence;
+    const bool packed = of.layout == Layout::packed;
+    const Index step = of.step_stride, each = packed || d.N == 1 ? step : of.sequence_stride;
+    if (packed ? !of.reverse : in_order() && (d.N == 1 || d.T == 1 || step == d.N * each))
+      return {of.x + begin * each, each};
+    return {of.x, 1, rows.x_at + begin};
+  }
+  RowsAt<T> dx_rows(T* dx) const {
+    const Layout layout = problem.sequence.layout;
+    if (layout == Layout::packed ? !problem.sequence.reverse
+                                 : in_order() && (layout == Layout::time_major || d.N == 1 || d.T == 1))
+      return {dx, d.I};
+    return {dx, d.I, rows.place};
+  }
+
   Index at(Index s) const { return on_host.offset[s]; }  // first packed row of step s
   Index live(Index s) const { return s < d.T ? on_host.live(s) : 0; }
   const T* stage_weights() const {
@@ -147,8 +168,8 @@ template <class T> struct StepProduct {
 
 template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   using Base = Pass<Cell, T>;
-  using Base::d, Base::G, Base::problem, Base::projects, Base::rows, Base::S, Base::stage_units, Base::stream,
-      Base::walk;
+  using Base::d, Base::G, Base::problem, Base::products, Base::projects, Base::rows, Base::S, Base::stage_units,
+      Base::stream, Base::walk;
   using typename Base::F;
 
   Forward<T> call;
@@ -165,7 +186,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   static constexpr Index kChunkBytes = 64 << 20;  // enough rows for every multiprocessor, little of a device's memory
 
   ForwardPass(const Forward<T>& call, const Execution& execution, Arena& arena, cudaStream_t stream)
-      : Base(call.problem, arena, stream), call(call),
+      : Base(call.problem, execution, arena, stream), call(call),
         chunk_target(x_in_saved() ? rows.count : least(rows.count, kChunkBytes / (G * d.H * Index(sizeof(T))))),
         bias(arena.take<T>(G * d.H)),
         gx(x_in_saved() ? nullptr : arena.take<T>(least(rows.count, chunk_target + d.N) * G * d.H)),
@@ -190,14 +211,10 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   // gx of packed rows [begin, end)
   void project(Index begin, Index end) const {
     if (begin == end) return;
-    Product<T> product{int(end - begin),
-                       int(G * d.H),
-                       int(d.I),
-                       {problem.sequence.x, 1, rows.x_at + begin},
-                       {problem.weights.w_ih, d.I},
+    Product<T> product{int(end - begin),     int(G * d.H), int(d.I), this->x_rows(begin), {problem.weights.w_ih, d.I},
                        gx_rows(begin, begin)};
     product.bias = Cell::normed ? nullptr : bias;
-    multiply_rows<false, false>(product, stream);
+    products.template multiply<false, false>(product);
     if (!Cell::normed) return;
     const RowsAt<T> to = product.c;
     launch(standardise<T>, this->blocks(end - begin, G * d.H), stream, Parts<T>{to.numbers, to.stride}, to, G * d.H,
@@ -287,8 +304,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
 
 template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   using Base = Pass<Cell, T>;
-  using Base::d, Base::D, Base::G, Base::problem, Base::projects, Base::rows, Base::S, Base::stage_units, Base::stream,
-      Base::U, Base::walk;
+  using Base::d, Base::D, Base::G, Base::problem, Base::products, Base::projects, Base::rows, Base::S,
+      Base::stage_units, Base::stream, Base::U, Base::walk;
   using typename Base::F;
 
   Backward<T> call;
@@ -304,7 +321,7 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   T* weight_parts;           // of gradients of weights
 
   BackwardPass(const Backward<T>& call, const Execution& execution, Arena& arena, cudaStream_t stream)
-      : Base(call.problem, arena, stream), call(call), gates(arena.take<T>(rows.count * D * d.H)),
+      : Base(call.problem, execution, arena, stream), call(call), gates(arena.take<T>(rows.count * D * d.H)),
         loop(problem, projects, true, execution, arena),
         dh(arena, d.R, F::product_gates * d.H, Cell::has_product ? d.N : 0),
         stage(arena, d.H, stage_units, stage_units ? d.N : 0), d_out(arena.take<T>(projects    ? rows.count * d.R
@@ -338,8 +355,9 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     const RowsAt<T> to{gradient, N, nullptr, turn, M};
     const PartsOf of = parts_of(M, N);
     if (!rows.count) return;
-    if (of.count == 1)
-      return multiply_rows<true, true>(Product<T>{int(M), int(N), int(rows.count), a, b, to, nullptr, true}, stream);
+    const Product<T> whole{int(M), int(N), int(rows.count), a, b, to, nullptr, true};
+    if (of.count == 1 || products.template by_cublas<true, true>(whole))
+      return products.template multiply<true, true>(whole);
     multiply_rows<true, true>(
         Product<T>{int(M), int(N), int(rows.count), a, b, {weight_parts, N}, nullptr, false, of.count, of.k, M * N},
         stream);
@@ -413,17 +431,16 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
   }
 
   void gradients_of_inputs_and_weights() const {
-    const RowsAt<const T> x{problem.sequence.x, 1, rows.x_at};
+    const RowsAt<const T> x = this->x_rows(0);
     const RowsAt<const T> dgx{gates_at(0, F::x_block), D * d.H}, dgh{gates_at(0, F::h_block), D * d.H};
     const Index turn = Cell::split ? (G - 1) * d.H : 0;  // dgx begins with the last gate
     if (call.dx && rows.count)
-      multiply_rows<false, true>(Product<T>{int(rows.count),
-                                            int(d.I),
-                                            int(G * d.H),
-                                            dgx,
-                                            {problem.weights.w_ih, d.I, nullptr, turn, G * d.H},
-                                            {call.dx, d.I, rows.place}},
-                                 stream);
+      products.template multiply<false, true>({int(rows.count),
+                                               int(d.I),
+                                               int(G * d.H),
+                                               dgx,
+                                               {problem.weights.w_ih, d.I, nullptr, turn, G * d.H},
+                                               this->dx_rows(call.dx)});
     if (call.dw_ih) weight_gradient(G * d.H, d.I, dgx, x, call.dw_ih, turn);
     if (hidden && rows.count) {
       LaunchShape shape = pointwise(this->live(0), d.R);

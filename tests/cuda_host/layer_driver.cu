@@ -30,6 +30,7 @@ struct Call {
 namespace {
 
 bool replays = false;
+const Cublas* cublas = nullptr;
 
 // A stream that waits for no other
 struct Stream {
@@ -62,7 +63,7 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
   p.zoneout = {c.zoneout_h, c.zoneout_c, c.drawn != 0, c.seed};
   p.cell_clip = T(c.cell_clip);
   p.save = Save(c.save);
-  const Execution execution{c.device, Loop(c.loop), Operands(c.operands)};
+  const Execution execution{c.device, Loop(c.loop), Operands(c.operands), cublas};
   const Sizes sizes = kernels.sizes(p, execution);
 
   Forward<T> f{};
@@ -159,6 +160,15 @@ extern "C" int gatewise_run_product(const ProductCall* call, char* message, std:
 
 // Whether layers run from now on as the second replay of a graph, the first being on other numbers
 extern "C" void gatewise_replay(int on) { replays = on != 0; }
+
+// Layers run from now on with the cuBLAS that the environment names
+extern "C" int gatewise_find_cublas(char* message, std::size_t size) try {
+  cublas = find_cublas();
+  return 0;
+} catch (const std::exception& error) {
+  std::strncpy(message, error.what(), size - 1);
+  return 1;
+}
 
 // 0, or 1 with a sentence in message [size]
 extern "C" int gatewise_run_layer(const Call* call, char* message, std::size_t size) try {
