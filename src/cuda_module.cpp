@@ -104,6 +104,8 @@ class DeviceProblem : public OnDevice, public LayerInputs<Device> {
     device = memory.number();
     if (device < 0) GATEWISE_CUDA_CHECK(cudaGetDevice(&device));
     execution.device = limits_of(device);
+    static const cuda::Cublas* const cublas = cuda::find_cublas();
+    execution.cublas = cublas;
     execution.operands = cuda::Operands(one_of(operands, "operands", {"exact", "tf32", "bf16"}));
     execution.loop = cuda::Loop(one_of(loop, "loop", {"planned", "persistent", "stepwise"}));
     if (10 * execution.device.major + execution.device.minor < kLeastCapability)
