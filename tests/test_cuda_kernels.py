@@ -216,17 +216,16 @@ def slope(f: Callable[[np.ndarray], float], at: np.ndarray, along: np.ndarray, s
     return (f(at + step * along) - f(at - step * along)) / (2 * step)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_backward_is_the_slope_of_forward(library: ctypes.CDLL, cell: str) -> None:
+def check_slope(library: ctypes.CDLL, cell: str, **execution: Any) -> None:
     """Finite differences of the float64 forward, along a random direction in every argument at a time."""
     problem = Problem.parse(f"{cell}:T3,N2,I2,H8:f64:lengths,h0")
     inputs = problems.draw(problem)
-    results = run(library, problem, inputs)
+    results = run(library, problem, inputs, **execution)
     infer = Problem.parse(f"{cell}:T3,N2,I2,H8:f64:infer,lengths,h0")
     rng = np.random.default_rng(0)
 
     def loss(given: Inputs) -> float:
-        out = run(library, infer, given)
+        out = run(library, infer, given, **execution)
         pairs = [(out["y"], inputs.dy), (out["hn"], inputs.dhn), (out.get("cn"), inputs.dcn)]
         return sum(float(np.sum(a * da)) for a, da in pairs if a is not None and da is not None)
 
@@ -241,18 +240,27 @@ def test_backward_is_the_slope_of_forward(library: ctypes.CDLL, cell: str) -> No
         assert abs(expected - np.sum(results[name] * along)) <= 1e-7 * (1 + abs(expected)), name
 
 
-def test_same_bits_in_any_batch(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_is_the_slope_of_forward(library: ctypes.CDLL, cell: str) -> None:
+    check_slope(library, cell)
+
+
+def check_batch(library: ctypes.CDLL, **execution: Any) -> None:
     """A row's outputs do not depend on how many others are computed with it, though tiles and grids do."""
     problem = Problem.parse("lstm:T3,N37,I5,H9:f32:h0")
     inputs = problems.draw(problem)
-    whole = run(library, problem, inputs)
+    whole = run(library, problem, inputs, **execution)
     one = inputs._replace(x=inputs.x[:, 5:6].copy(), dy=inputs.dy[:, 5:6].copy())
     one = one._replace(**{name: getattr(inputs, name)[5:6].copy() for name in ("h0", "c0", "dhn", "dcn")})
-    alone = run(library, Problem.parse("lstm:T3,N1,I5,H9:f32:h0"), one)
+    alone = run(library, Problem.parse("lstm:T3,N1,I5,H9:f32:h0"), one, **execution)
     for name in ("y", "dx"):
         assert np.array_equal(whole[name][:, 5:6], alone[name]), name
     for name in ("hn", "cn", "dh0", "dc0"):
         assert np.array_equal(whole[name][5:6], alone[name]), name
+
+
+def test_same_bits_in_any_batch(library: ctypes.CDLL) -> None:
+    check_batch(library)
 
 
 def test_what_is_not_there_is_said(library: ctypes.CDLL) -> None:
@@ -314,21 +322,25 @@ def test_a_cublas_that_is_not_there_is_said(library: ctypes.CDLL, monkeypatch: p
             called(library.gatewise_find_cublas, None, {})
 
 
-@pytest.mark.parametrize("how", ["deferred", "replayed"])
-@pytest.mark.parametrize("options", ["lengths,reverse,h0", "zoneout,h0", "packed,h0"])
-def test_a_call_leaves_nothing_behind_that_is_read_later(library: ctypes.CDLL, options: str, how: str) -> None:
+def check_later(library: ctypes.CDLL, options: str, how: str, **execution: Any) -> None:
     """The same bits where the kernels run after the call has returned, and where they are captured in a graph and run
     again on other numbers."""
     problem = Problem.parse(f"lstm:T4,N3,I2,H5:f64:{options}")
     inputs = problems.draw(problem)
-    expected = run(library, problem, inputs)
+    expected = run(library, problem, inputs, **execution)
     switch = library.cuda_host_deferred if how == "deferred" else library.gatewise_replay
     try:
         switch(1)
-        results = run(library, problem, inputs)
+        results = run(library, problem, inputs, **execution)
     finally:
         switch(0)
     assert all(np.array_equal(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("how", ["deferred", "replayed"])
+@pytest.mark.parametrize("options", ["lengths,reverse,h0", "zoneout,h0", "packed,h0"])
+def test_a_call_leaves_nothing_behind_that_is_read_later(library: ctypes.CDLL, options: str, how: str) -> None:
+    check_later(library, options, how)
 
 
 def test_many_sequences(library: ctypes.CDLL) -> None:
@@ -336,15 +348,19 @@ def test_many_sequences(library: ctypes.CDLL) -> None:
     check(library, Problem.parse("gru:T2,N600,I1,H1:f64:lengths,reverse"))
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru_norm"])
-def test_same_bits_in_any_order_of_threads(library: ctypes.CDLL, cell: str) -> None:
+def check_schedules(library: ctypes.CDLL, cell: str, **execution: Any) -> None:
     problem = Problem.parse(f"{cell}:T3,N4,I5,H9:f32:lengths,reset,h0")
     inputs = problems.draw(problem)
-    expected = run(library, problem, inputs)
+    expected = run(library, problem, inputs, **execution)
     try:
         for schedule in (b"reverse", b"random:1", b"random:2"):
             library.cuda_host_schedule(schedule)
-            results = run(library, problem, inputs)
+            results = run(library, problem, inputs, **execution)
             assert all(np.array_equal(results[name], expected[name]) for name in expected), schedule
     finally:
         library.cuda_host_schedule(b"forward")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_norm"])
+def test_same_bits_in_any_order_of_threads(library: ctypes.CDLL, cell: str) -> None:
+    check_schedules(library, cell)

@@ -183,7 +183,11 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   T* middle;    // [N, H] or null: kept
   T* saved;     // [N][S][H] of a step, or null
 
+#ifdef GATEWISE_CHUNK_BYTES  // so few that a test has several chunks
+  static constexpr Index kChunkBytes = GATEWISE_CHUNK_BYTES;
+#else
   static constexpr Index kChunkBytes = 64 << 20;  // enough rows for every multiprocessor, little of a device's memory
+#endif
 
   ForwardPass(const Forward<T>& call, const Execution& execution, Arena& arena, cudaStream_t stream)
       : Base(call.problem, execution, arena, stream), call(call),
@@ -259,10 +263,8 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
   void steps(Index begin, Index end, Index chunk) const {
     if constexpr (can_persist<Cell>)
       if (loop.chosen)
-        return loop.run(
-            persistent_forward<Cell, T>,
-            {loop.steps(begin, end, walk, problem.weights.w_hh), step_from(this->at(begin), chunk), call.states, c},
-            stream);
+        return loop.run(persistent_forward<Cell, T>,
+                        {loop.steps(begin, end, walk), step_from(this->at(begin), chunk), call.states, c}, stream);
     for (Index s = begin; s < end; ++s) step(s, chunk);
   }
   void step(Index s, Index chunk) const {
@@ -290,7 +292,7 @@ template <class Cell, class T> struct ForwardPass : Pass<Cell, T> {
     this->zero_past_end(call.y, d.R);
     each(add_biases<T>, 1, Cell::normed ? 0 : G * d.H, stream, problem.weights.b_ih, problem.weights.b_hh,
          (Cell::split ? G - 1 : G) * d.H, G * d.H, bias);
-    if (loop.chosen) loop.start(stream);
+    if (loop.chosen) loop.start(problem.weights.w_hh, stream);
     for (Index s = 0, chunk = 0, end; s < d.T && this->live(s) > 0; chunk = this->at(s)) {
       for (end = s + 1; this->live(end) > 0 && this->at(end) - chunk < chunk_target;) ++end;
       project(chunk, this->at(end));
@@ -387,9 +389,8 @@ template <class Cell, class T> struct BackwardPass : Pass<Cell, T> {
     while (this->live(steps) > 0) ++steps;
     if constexpr (can_persist<Cell>)
       if (loop.chosen && steps > 0) {
-        loop.start(stream);
-        return loop.run(persistent_backward<Cell, T>,
-                        {loop.steps(0, steps, walk, problem.weights.w_hh), step_from(0), call.states}, stream);
+        loop.start(problem.weights.w_hh, stream);
+        return loop.run(persistent_backward<Cell, T>, {loop.steps(0, steps, walk), step_from(0), call.states}, stream);
       }
     for (Index s = steps - 1; s >= 0; --s) step(s);
   }

@@ -52,6 +52,12 @@ template <class T> struct Slots {
 // 16 bytes of a row: a lane's part of a fragment
 template <class T> struct alignas(16) Chunk { T numbers[16 / sizeof(T)]; };
 
+// A number as it is multiplied; of bf16 see pack() and Recurrence::leave().
+template <class T> __device__ __forceinline__ T rounded(T value, Operands operands) {
+  if constexpr (sizeof(T) == 4) return operands == Operands::tf32 ? to_tf32(value) : value;
+  else return value;
+}
+
 // What both kernels know of the loop. A row of `exchange` is a sequence, by sorted position; its
 // numbers are as `operands` says, two of bf16 in the place of one float.
 template <class T> struct Recurrence {
@@ -59,25 +65,66 @@ template <class T> struct Recurrence {
   Shares shares;
   int units, batch_tile;
   Operands operands;
-  Index begin, end;  // steps
-  const T* w_hh;
+  Index begin, end;         // steps
+  const Chunk<T>* weights;  // [blocks][warps at work][rounds][fragments of a round][lanes]
   unsigned* arrivals;
   T* exchange;         // [2][N filled up][pitch]
   Index pitch, other;  // in numbers: between rows, between steps
 
   __device__ __forceinline__ Index live(Index s) const { return walk.offset[s + 1] - walk.offset[s]; }
   __device__ __forceinline__ T* row(Index s, Index i) const { return exchange + (s & 1) * other + i * pitch; }
-  __device__ __forceinline__ T rounded(T value) const {
-    if constexpr (sizeof(T) == 4) return operands == Operands::tf32 ? to_tf32(value) : value;
-    else return value;
-  }
   __device__ __forceinline__ void leave(Index s, Index i, Index column, T value) const {
     T* const to = row(s, i);
     if (sizeof(T) == 4 && operands == Operands::bf16)
       reinterpret_cast<__nv_bfloat16*>(to)[column] = __float2bfloat16_rn(float(value));
-    else to[column] = rounded(value);
+    else to[column] = rounded(value, operands);
   }
 };
+
+// The weights of all blocks as their lanes take them; zeros where there is no row or column. A thread makes a chunk.
+template <class T> struct Packing {
+  const T* w_hh;  // [G * H, H]
+  Shares shares;
+  int G, units;
+  Index H;
+  Operands operands;
+  bool backward;
+  Chunk<T>* to;
+
+  // Of a block's rows and columns
+  __device__ T weight(Index block, int row, Index column) const {
+    const int gate = backward ? 0 : row / units, unit = row - gate * units;
+    const Index k = block * units + unit;
+    if (gate >= G || unit >= units || k >= H || column >= (backward ? G * H : H)) return T(0);
+    return backward ? w_hh[column * H + k] : w_hh[(gate * H + k) * H + column];
+  }
+};
+template <class T> __global__ void pack(Packing<T> p, Index fragments) {
+  const Element e;
+  if (!e.in(fragments, 32)) return;
+  const Shares& of = p.shares;
+  const int lane = int(e.column), q = int(e.row % of.round_size()), warps = of.row_groups * of.column_groups;
+  const Index rounds = e.row / of.round_size(), block = rounds / of.rounds / warps;
+  const int n = int(rounds % of.rounds), warp = int(rounds / of.rounds % warps), column_group = warp / of.row_groups;
+  const int piece = of.begin(column_group) + n * of.round_pieces + of.piece(q);
+  const int row = (warp % of.row_groups * of.tiles + q - of.piece(q) * of.tiles) * 8 + lane / 4;
+  constexpr int count = 16 / sizeof(T);
+  const Index column = (Index(piece) * 4 + lane % 4) * count;
+  Chunk<T> chunk{};
+  for (int v = 0; v < count && piece < of.begin(column_group + 1); ++v) {
+    if (sizeof(T) == 4 && p.operands == Operands::bf16) {
+      unsigned both = 0;
+      for (int half = 0; half < 2; ++half) {
+        const __nv_bfloat16 w = __float2bfloat16_rn(float(p.weight(block, row, 2 * (column + v) + half)));
+        both |= unsigned(__bfloat16_as_ushort(w)) << 16 * half;
+      }
+      chunk.numbers[v] = T(__uint_as_float(both));
+    } else {
+      chunk.numbers[v] = rounded(p.weight(block, row, column + v), p.operands);
+    }
+  }
+  p.to[e.row * 32 + lane] = chunk;
+}
 
 // How a warp multiplies a fragment of weights with rows of what is exchanged. Lane l has row l / 4 of the weights, from
 // byte 16 (l % 4) on, and fetches the same bytes of h.
@@ -161,15 +208,16 @@ template <class T, bool backward, int G> class Block {
     own_sums_ = sums_ + column_group * loop.batch_tile * sum_pitch() + row_group * of.tiles * 8;
     begin_ = works ? of.begin(column_group) : 0, end_ = works ? of.begin(column_group + 1) : 0;
 
-    const int row = row_group * of.tiles * 8 + lane_ / 4;
+    const int warps = of.row_groups * of.column_groups;
+    const Chunk<T>* const from =
+        loop.weights + (Index(blockIdx.x) * warps + (works ? warp_ : 0)) * of.rounds * round_chunks() + lane_;
 #pragma unroll
     for (int n = 0; n < kept_rounds; ++n)
 #pragma unroll
-      for (int q = 0; q < round_fragments; ++q) kept_[n][q] = weights(row, n, q);
-    if (works)
-      for (int n = kept_rounds; n < of.rounds; ++n)
-        for (int q = 0; q < of.tiles * of.round_pieces; ++q)
-          in_shared_[(n - kept_rounds) * round_chunks() + q * 32] = weights(row, n, q);
+      for (int q = 0; q < round_fragments; ++q)
+        kept_[n][q] = n < of.rounds && q < of.round_size() ? from[n * round_chunks() + q * 32] : Chunk<T>{};
+    for (int n = 0; works && n < apart * of.round_size(); ++n)
+      in_shared_[n * 32] = from[kept_rounds * round_chunks() + n * 32];
   }
 
   // sums [rows][rows of weights] of the rows of a batch tile that begins at `from`
@@ -206,44 +254,8 @@ template <class T, bool backward, int G> class Block {
  private:
   static constexpr int kept_rounds = int(weight_registers(sizeof(T))) / round_registers;
 
-  __device__ __forceinline__ int round_chunks() const { return loop.shares.tiles * loop.shares.round_pieces * 32; }
+  __device__ __forceinline__ int round_chunks() const { return loop.shares.round_size() * 32; }
   __device__ __forceinline__ int sum_pitch() const { return loop.shares.rows() + int(sum_padding); }
-  // Which piece of a round's the q-th fragment is of
-  __device__ __forceinline__ int piece_of(int q) const {
-    return loop.shares.tiles == 1 ? q : loop.shares.tiles == 2 ? q / 2 : 0;
-  }
-
-  // Row and column of the block's weights; zero where there is none
-  __device__ __forceinline__ T weight(int row, Index column) const {
-    const Index H = loop.walk.H;
-    if constexpr (backward) return row < units && column < G * H ? loop.w_hh[column * H + first + row] : T(0);
-    const int gate = row / loop.units, unit = row % loop.units;
-    return gate < G && unit < units && column < H ? loop.w_hh[(gate * H + first + unit) * H + column] : T(0);
-  }
-  // This lane's part of the q-th fragment of round n, whose first rows begin at `row`
-  __device__ __forceinline__ Chunk<T> weights(int row, int n, int q) const {
-    constexpr int count = 16 / sizeof(T);
-    const int piece = begin_ + n * loop.shares.round_pieces + piece_of(q), tile = q - piece_of(q) * loop.shares.tiles;
-    const bool there = piece < end_ && tile < loop.shares.tiles;
-    const Index column = (Index(piece) * 4 + lane_ % 4) * count;
-    row += tile * 8;
-    Chunk<T> chunk;
-#pragma unroll
-    for (int v = 0; v < count; ++v) {
-      if (sizeof(T) == 4 && loop.operands == Operands::bf16) {
-        unsigned both = 0;
-        for (int half = 0; half < 2; ++half) {
-          const float w = there ? float(weight(row, 2 * (column + v) + half)) : 0.0f;
-          both |= unsigned(__bfloat16_as_ushort(__float2bfloat16_rn(w))) << 16 * half;
-        }
-        chunk.numbers[v] = T(__uint_as_float(both));
-      } else {
-        chunk.numbers[v] = there ? loop.rounded(weight(row, column + v)) : T(0);
-      }
-    }
-    return chunk;
-  }
-
   template <class Math> __device__ __forceinline__ void multiply_by(const T* from, int rows) const {
     constexpr int piece_numbers = int(fragment_row_bytes / sizeof(T)), chunk_numbers = 16 / sizeof(T);
     const Shares& of = loop.shares;
@@ -255,9 +267,9 @@ template <class T, bool backward, int G> class Block {
       const auto round = [&](int first_piece, const auto& w) {
 #pragma unroll
         for (int q = 0; q < round_fragments; ++q) {
-          const int piece = first_piece + piece_of(q);
-          if (q >= of.tiles * of.round_pieces || piece >= end_) continue;
-          if (q == piece_of(q) * of.tiles) math.fetch(own + piece * piece_numbers, loop.pitch);
+          const int piece = first_piece + of.piece(q);
+          if (q >= of.round_size() || piece >= end_) continue;
+          if (q == of.piece(q) * of.tiles) math.fetch(own + piece * piece_numbers, loop.pitch);
           math.multiply(sum[q], w(q));
         }
       };
@@ -409,6 +421,7 @@ template <class Cell, class T> struct PersistentLoop {
   Operands operands;
   bool chosen;
   T* exchange = nullptr;
+  Chunk<T>* weights = nullptr;
   unsigned* arrivals = nullptr;
 
   template <class Arena>
@@ -426,23 +439,30 @@ template <class Cell, class T> struct PersistentLoop {
     chosen = can_persist<Cell> && execution.loop != Loop::stepwise && plan.persistent();
     if (!chosen) return;
     exchange = arena.template take<T>(exchange_bytes(problem) / Index(sizeof(T)));
+    weights = arena.template take<Chunk<T>>(fragments() * 32);
     arrivals = arena.template take<unsigned>(1);
   }
 
-  // Rows and columns that nobody writes are zeros.
-  void start(cudaStream_t stream) const {
+  Index fragments() const { return plan.grid_units * plan.fragments; }
+  Shares shares() const { return share_out(problem, plan.units, plan.block); }
+
+  void start(const T* w_hh, cudaStream_t stream) const {
+    // Rows and columns that nobody writes are zeros
     GATEWISE_CUDA_CHECK(cudaMemsetAsync(exchange, 0, std::size_t(exchange_bytes(problem)), stream));
+    const Packing<T> packing{w_hh,      shares(), int(Cell::G),     int(plan.units),
+                             problem.H, operands, problem.backward, weights};
+    launch(pack<T>, pointwise(fragments(), 32), stream, packing, fragments());
   }
-  Recurrence<T> steps(Index begin, Index end, const Walk<T>& walk, const T* w_hh) const {
+  Recurrence<T> steps(Index begin, Index end, const Walk<T>& walk) const {
     const Index numbers = exchange_bytes(problem) / Index(sizeof(T)) / 2;
     return {walk,
-            share_out(problem, plan.units, plan.block),
+            shares(),
             int(plan.units),
             int(plan.batch_tile),
             operands,
             begin,
             end,
-            w_hh,
+            weights,
             arrivals,
             exchange,
             row_pieces(problem) * fragment_row_bytes / Index(sizeof(T)),

@@ -148,6 +148,9 @@ struct Shares {
   int round_pieces;       // pieces of a row that a round takes
   int rounds;             // of the warp that has the most
 
+  GATEWISE_PLAN_FN int round_size() const { return tiles * round_pieces; }  // fragments
+  // Of a round's, the piece that its q-th fragment is of
+  GATEWISE_PLAN_FN int piece(int q) const { return tiles == 1 ? q : tiles == 2 ? q / 2 : 0; }
   GATEWISE_PLAN_FN int rows() const { return row_groups * tiles * int(fragment_rows); }
   GATEWISE_PLAN_FN int begin(int column_group) const { return pieces * column_group / column_groups; }
 };
@@ -236,8 +239,8 @@ inline Plan plan_layer(const DeviceLimits& device, const StepProblem& problem) {
       const Index in_registers = std::min<Index>(of.rounds, held / round_registers);
       Plan plan{Reason::persistent, ceil_div(problem.H, units), 1, block, units, batch_tile};
       plan.weight_registers = held, plan.registers = max_registers;
-      plan.fragments = warps * of.rounds * of.tiles * of.round_pieces;
-      plan.register_fragments = warps * in_registers * of.tiles * of.round_pieces;
+      plan.fragments = warps * of.rounds * of.round_size();
+      plan.register_fragments = warps * in_registers * of.round_size();
       const Index in_shared = plan.fragments - plan.register_fragments;
       plan.shared_bytes = in_shared * fragment_bytes + sums_bytes(problem, of, batch_tile);
       plan.blocks_per_multiprocessor = resident_blocks(device, block, plan.registers, plan.shared_bytes);

@@ -5,6 +5,7 @@
 #ifndef GATEWISE_WEIGHT_REGISTERS
 #define GATEWISE_WEIGHT_REGISTERS 16  // so few that the persistent kernels have weights in shared memory too
 #endif
+#define GATEWISE_CHUNK_BYTES 3000  // so few that inference takes several chunks
 #include "cuda/graph.hpp"
 #include "cuda/layer.cu"  // the library in one program with its driver, as build.py takes it
 #include "device_memory.hpp"
