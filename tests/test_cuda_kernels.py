@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -173,6 +174,38 @@ def test_products(library: ctypes.CDLL, tile: str, dtype: str) -> None:
         assert np.abs(c - expected).max() <= bound, (M, N, K, a_by_k, b_by_k, parts)
 
 
+def check_16_bits(library: ctypes.CDLL) -> None:
+    """Numbers of 16 bits to floats and back, bit by bit: all of them, what lies between and just beside the middle, and
+    beyond their ends; in an odd number, of which nothing is left out. NaN stays one, of whatever bits."""
+
+    def convert(dtype: type, numbers: np.ndarray, to: np.ndarray) -> np.ndarray:
+        pointers = [ctypes.c_void_p(numbers.ctypes.data), ctypes.c_int64(numbers.size), ctypes.c_void_p(to.ctypes.data)]
+        assert library.gatewise_convert(dtype is ml_dtypes.bfloat16, to.dtype == np.float32, *pointers) == 0
+        return to
+
+    def same(a: np.ndarray, b: np.ndarray) -> bool:
+        bits = np.uint32 if a.dtype == np.float32 else np.uint16
+        nan = np.isnan(b.astype(np.float32))
+        return np.array_equal(np.isnan(a.astype(np.float32)), nan) and np.array_equal(
+            a[~nan].view(bits), b[~nan].view(bits)
+        )
+
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        all_of_them = np.arange(65536, dtype=np.uint16).view(dtype)[:65535]
+        wide = convert(dtype, all_of_them, np.full(65535, np.nan, np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert same(wide, all_of_them.astype(np.float32))
+            middle = wide + (np.spacing(wide.astype(dtype)).astype(np.float32)) / 2
+            beside = [np.nextafter(middle, np.float32(side)) for side in (np.inf, -np.inf)]
+            ends = np.array([np.finfo(np.float32).max, -np.inf, np.nan, 1e-45, -1e-45, 65519.996, 65520], np.float32)
+            numbers = np.concatenate([wide, middle, *beside, ends])
+            assert same(convert(dtype, numbers, np.zeros(numbers.size, dtype)), numbers.astype(dtype)), dtype
+
+
+def test_numbers_of_16_bits(library: ctypes.CDLL) -> None:
+    check_16_bits(library)
+
+
 # Tiles are 32 rows by 32 columns; a step's product has several parts from K = 256 on.
 SHAPES = ["T4,N3,I7,H17", "T1,N1,I1,H5", "T4,N33,I3,H33"]
 OPTIONS = [
@@ -199,6 +232,7 @@ def test_what_nvcc_makes_of_the_kernels() -> None:
     """Its PTX of one cell's layer, run in place of the source; every access to memory is checked."""
     driver = build.build(build.HERE / "layer_driver.cu", mode="ptx", defines=["-DGATEWISE_CELLS=Lstm"])
     library = ctypes.CDLL(str(driver))
+    check_16_bits(library)
     for shape in SHAPES:
         check(library, Problem.parse(f"lstm:{shape}:f32:h0"))
     for options in OPTIONS:

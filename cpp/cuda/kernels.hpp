@@ -63,4 +63,9 @@ struct KernelList {
 };
 KernelList kernels();
 
+// n numbers of an array from 16 bits to floats, or back: rounded to nearest, ties to even; NaN stays one
+enum class Storage { float16, bfloat16 };
+void widen(Storage, const void* from, Index n, float* to, cudaStream_t);
+void narrow(Storage, const float* from, Index n, void* to, cudaStream_t);
+
 }  // namespace gatewise::cuda

@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "layer.hpp"
+#include "storage.hpp"
 
 namespace gatewise::cuda {
 
@@ -18,5 +19,14 @@ template <class... Cell> struct Table<List<Cell...>> {
 const Cublas* find_cublas() { return cublas_of_environment(); }
 
 KernelList kernels() { return {std::begin(Table<Cells>::rows), std::end(Table<Cells>::rows)}; }
+
+void widen(Storage storage, const void* from, Index n, float* to, cudaStream_t stream) {
+  if (storage == Storage::float16) convert_all(static_cast<const __half*>(from), n, to, stream);
+  else convert_all(static_cast<const __nv_bfloat16*>(from), n, to, stream);
+}
+void narrow(Storage storage, const float* from, Index n, void* to, cudaStream_t stream) {
+  if (storage == Storage::float16) convert_all(from, n, static_cast<__half*>(to), stream);
+  else convert_all(from, n, static_cast<__nv_bfloat16*>(to), stream);
+}
 
 }  // namespace gatewise::cuda

@@ -162,6 +162,16 @@ extern "C" int gatewise_run_product(const ProductCall* call, char* message, std:
 // Whether layers run from now on as the second replay of a graph, the first being on other numbers
 extern "C" void gatewise_replay(int on) { replays = on != 0; }
 
+// n numbers of 16 bits to floats, or back
+extern "C" int gatewise_convert(bool is_bfloat16, bool to_floats, const void* from, Index n, void* to) try {
+  Device device;
+  const Storage storage = is_bfloat16 ? Storage::bfloat16 : Storage::float16;
+  if (to_floats) widen(storage, device.send<short>(from, n), n, device.result<float>(to, n), nullptr);
+  else narrow(storage, device.send<float>(from, n), n, device.result<short>(to, n), nullptr);
+  device.fetch();
+  return 0;
+} catch (const std::exception&) { return 1; }
+
 // Layers run from now on with the cuBLAS that the environment names
 extern "C" int gatewise_find_cublas(char* message, std::size_t size) try {
   cublas = find_cublas();
