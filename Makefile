@@ -6,7 +6,7 @@ BUILT  := pyproject.toml CMakeLists.txt $(shell find cpp src -type f)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 ARGS   ?=
 
-.PHONY: demo test bench cuda-evidence instructions lint wheel-check clean
+.PHONY: demo test bench cuda-evidence test-gpu bench-gpu gpu-check instructions lint wheel-check clean
 
 demo: $(VENV)/demo.stamp   ## predict sepsis; ARGS="--data DIR" for real records
 	$(BIN)/gatewise demo $(ARGS)
@@ -22,6 +22,17 @@ cuda-evidence: $(VENV)/bench.stamp  ## what nvcc makes of the CUDA kernels, and 
 	$(BIN)/python benchmarks/cuda_evidence.py
 	$(BIN)/python benchmarks/cuda_plan.py
 	$(BIN)/python benchmarks/report.py
+
+test-gpu: gpu-check        ## the CUDA kernels on the GPU that is here, against the CPU's and float64; ARGS="-k lstm"
+	$(MAKE) $(VENV)/gpu.stamp
+	$(BIN)/python -m pytest tests/gpu.py $(ARGS)
+
+bench-gpu: gpu-check       ## their speed against cuDNN and cuBLAS, into one CSV that names the card; ARGS="large"
+	$(MAKE) $(VENV)/gpu.stamp
+	$(BIN)/python benchmarks/cuda_speed.py $(ARGS)
+
+gpu-check:
+	@nvidia-smi >/dev/null 2>&1 || { echo "there is no NVIDIA driver here: nvidia-smi does not run" >&2; exit 1; }
 
 instructions: $(VENV)/test.stamp  ## instructions of the kernels against a baseline; ARGS=--update makes a new one
 	$(BIN)/python benchmarks/instructions.py $(ARGS)

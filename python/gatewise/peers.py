@@ -251,6 +251,7 @@ class NumPy(Party):
     """A plain NumPy loop with the backward pass written out. In float64 it is what every answer is held to."""
 
     name = "numpy"
+    xp: Any = np  # what makes new arrays, where others are a device's; NumPy's functions take those as well
     packages = ("numpy", "threadpoolctl")  # the second holds NumPy's BLAS to the threads of the measurement
     options = Party.options | {"infer", "call", "lengths", "half", "empty", "reverse", "h0"}
     cells: ClassVar[dict[str, tuple[Any, Any]]] = {
@@ -267,11 +268,11 @@ class NumPy(Party):
         G, dtype, shape = GATES[problem.cell], x.dtype, (problem.N, problem.H)
         forward, backward = self.cells[problem.cell]
         order = range(problem.T)[:: -1 if "reverse" in problem.options else 1]
-        h = np.zeros(shape, dtype) if h0 is None else h0
-        c = np.zeros(shape, dtype) if c0 is None else c0
-        y, before, saved = np.zeros((problem.T, *shape), dtype), np.zeros((problem.T, *shape), dtype), {}
+        h = self.xp.zeros(shape, dtype) if h0 is None else h0
+        c = self.xp.zeros(shape, dtype) if c0 is None else c0
+        y, before, saved = self.xp.zeros((problem.T, *shape), dtype), self.xp.zeros((problem.T, *shape), dtype), {}
         gx = x @ w_ih.T + (0 if b_ih is None else b_ih)
-        bias = np.zeros(1, dtype) if b_hh is None else b_hh
+        bias = self.xp.zeros(1, dtype) if b_hh is None else b_hh
         for t in order:
             before[t] = h
             saved[t], new_h, new_c = forward(np.split(gx[t], G, axis=1), np.split(h @ w_hh.T + bias, G, axis=1), h, c)
@@ -284,9 +285,9 @@ class NumPy(Party):
         if not problem.trains:
             return out
 
-        dh = np.zeros(shape, dtype) if dhn is None else dhn
-        dc = np.zeros(shape, dtype) if dcn is None else dcn
-        dgx = np.zeros((problem.T, problem.N, G * problem.H), dtype)
+        dh = self.xp.zeros(shape, dtype) if dhn is None else dhn
+        dc = self.xp.zeros(shape, dtype) if dcn is None else dcn
+        dgx = self.xp.zeros((problem.T, problem.N, G * problem.H), dtype)
         dgh = np.zeros_like(dgx)
         for t in reversed(order):
             into_h = dh + dy[t]
@@ -403,7 +404,7 @@ class Torch(Party):
             out |= {"d" + ours(name): parameter.grad for name, parameter in self.layer.named_parameters()}
             out |= {name: a.grad[0] for name, a in zip(("dh0", "dc0"), self.given)}
             out |= {"dx": self.x.grad} if self.x.requires_grad else {}
-        return {name: tensor.detach().numpy() for name, tensor in out.items()}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in out.items()}
 
     @contextmanager
     def window(self) -> Iterator[None]:
