@@ -25,7 +25,7 @@ cuda-evidence: $(VENV)/bench.stamp  ## what nvcc makes of the CUDA kernels, and 
 
 test-gpu: gpu-check        ## the CUDA kernels on the GPU that is here, against the CPU's and float64; ARGS="-k lstm"
 	$(MAKE) $(VENV)/gpu.stamp
-	$(BIN)/python -m pytest tests/gpu.py $(ARGS)
+	$(BIN)/python -m pytest -W default tests/gpu.py $(ARGS)
 
 bench-gpu: gpu-check       ## their speed against cuDNN and cuBLAS, into one CSV that names the card; ARGS="large"
 	$(MAKE) $(VENV)/gpu.stamp

@@ -72,6 +72,10 @@ class Library(ABC):
     @abstractmethod
     def versions(self) -> str: ...
 
+    @abstractmethod
+    def give_back(self) -> None:
+        """Memory that it keeps for its next arrays, which another library may want."""
+
     def placed(self, inputs: Inputs) -> Inputs:
         """The arrays of a problem on the device."""
         given = inputs._asdict().items()
@@ -126,6 +130,9 @@ class CuPy(Library):
         c = self.cupy.empty_like(a)
         return lambda: self.cupy.matmul(a, b, out=c)
 
+    def give_back(self) -> None:
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
     def versions(self) -> str:
         runtime = self.cupy.cuda.runtime.runtimeGetVersion()
         return f"cupy {self.cupy.__version__}, CUDA {runtime // 1000}.{runtime % 1000 // 10}"
@@ -174,6 +181,9 @@ class Torch(Library):
                 return a @ b
 
         return step
+
+    def give_back(self) -> None:
+        self.torch.cuda.empty_cache()
 
     def versions(self) -> str:
         cudnn = self.torch.backends.cudnn.version()
@@ -524,12 +534,14 @@ def main() -> int:
         for operands in OPERANDS if problem.dtype == "f32" and "_" not in problem.cell else OPERANDS[:1]:
             start = time.perf_counter()
             try:
-                parties = field(problem, inputs, lends, operands)
-                new = race(problem, parties, lends, roofs[problem.dtype, operands], operands, name, arguments.rounds)
+                new = race(problem, field(problem, inputs, lends, operands), lends, roofs[problem.dtype, operands],
+                           operands, name, arguments.rounds)  # fmt: skip
             except bench.WrongAnswer as error:
                 wrong += 1
                 new = [Row(name, str(problem), operands, "ours", *[float("nan")] * 2, None, *[float("nan")] * 4,
                            f"WRONG: {error}")]  # fmt: skip
+            for one in libraries:
+                one.give_back()
             rows += new
             write(path, rows, shared)
             others = ", ".join(f"{row.party} {row.ratio:.2f}x" for row in new[1:])

@@ -82,8 +82,9 @@ CAPABILITIES = {
     "12.0": (100, 1536, 24),
 }
 # Multiprocessors and L2 cache: NVIDIA's white papers on Turing (T4), A100, GA102 (RTX 3090), Ada (RTX 4090) and H100,
-# the L4's data sheet (7424 cores, 128 a multiprocessor). For the B200 no white paper gives the number of
-# multiprocessors: it is what drivers report.
+# its Blackwell tuning guide (B200's cache). As drivers report them, in what users of the cards have published: T4 (40),
+# A100 (108, 41943040 bytes), L4 (58), B200 (148, 126.5 MB), RTX 5090 (170, 100663296 bytes, 102400 of shared memory and
+# 1536 threads a multiprocessor). Not seen from a driver: the caches of RTX 3090, RTX 4090, L4 and H100.
 CARDS = {
     "T4": device(40, 4 * MB, "7.5"),
     "A100 40GB": device(108, 40 * MB, "8.0"),

@@ -63,6 +63,8 @@ class Fake(gpu.Library):
         a = np.ones((n, n), problems.DTYPES[dtype])
         return (lambda: a @ a) if operands == "exact" else None
 
+    def give_back(self) -> None: ...
+
     def versions(self) -> str:
         return "fake 1.0"
 
