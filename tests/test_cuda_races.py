@@ -9,12 +9,20 @@ from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 
 from cuda_host import build
 
 KERNELS = ["multiply", "add_parts", "column_sums", "standardise", "d_standardise", "gather"]
-LAYERS = ["lstm", "gru", "lstm_norm", "gru_reset_before"]  # a projection; split; normed; a product in the middle
+KERNELS += ["persistent_forward", "persistent_backward", "persistent_tf32"]
+LAYERS = [
+    "lstm",
+    "gru",
+    "gru_persistent",
+    "lstm_norm",
+    "gru_reset_before",
+]  # a projection; split; normed; a product in the middle
 
 # Bugs by name: the header of cpp/cuda/ that has it, the text in whose place it is planted, itself. PLANTED(name) is
 # true where the program is told to have that bug.
@@ -65,6 +73,51 @@ BUGS = {
         "  T* const to = gradient + (k + turn) % size;\n  *to = *to + sum;",
         "  T* const to = gradient + (k + turn) % size;\n  *to = (PLANTED(read_only_cache) ? __ldg(to) : *to) + sum;",
     ),
+    "relaxed_arrival": (
+        "device.hpp",
+        "  __atomic_fetch_add(p, v, __ATOMIC_RELEASE);",
+        "  if (PLANTED(relaxed_arrival)) __atomic_fetch_add(p, v, __ATOMIC_RELAXED);\n"
+        "  else __atomic_fetch_add(p, v, __ATOMIC_RELEASE);",
+    ),
+    "barrier_before_arrival": (
+        "persistent.hpp",
+        "    __syncthreads();\n    if (threadIdx.x == 0) {",
+        "    if (!PLANTED(barrier_before_arrival)) __syncthreads();\n    if (threadIdx.x == 0) {",
+    ),
+    "barrier_after_arrival": (
+        "persistent.hpp",
+        "continue;\n    }\n    __syncthreads();",
+        "continue;\n    }\n    if (!PLANTED(barrier_after_arrival)) __syncthreads();",
+    ),
+    "forward_sums": (
+        "persistent.hpp",
+        "block.multiply(loop.row(s, i0), rows);\n      __syncthreads();",
+        "block.multiply(loop.row(s, i0), rows);\n      if (!PLANTED(forward_sums)) __syncthreads();",
+    ),
+    "forward_next_tile": (
+        "persistent.hpp",
+        "if (pass > 0) __syncthreads();  // sums",
+        "if (pass > 0 && !PLANTED(forward_next_tile)) __syncthreads();  // sums",
+    ),
+    "backward_sums": (
+        "persistent.hpp",
+        "block.multiply(loop.row(s + 1, i0), fed);\n      __syncthreads();",
+        "block.multiply(loop.row(s + 1, i0), fed);\n      if (!PLANTED(backward_sums)) __syncthreads();",
+    ),
+    "one_exchange": ("persistent.hpp", "(s & 1) * other", "(PLANTED(one_exchange) ? 0 : s & 1) * other"),
+    "h_through_read_only_cache": (
+        "persistent.hpp",
+        "    for (int n = 0; n < 4; ++n) h[n] = *reinterpret_cast<const Chunk<T>*>(from + n * pitch);",
+        "    for (int n = 0; n < 4; ++n)\n      for (int v = 0; v < int(16 / sizeof(T)); ++v) {\n"
+        "        const T* const p = from + n * pitch + v;\n"
+        "        h[n].numbers[v] = PLANTED(h_through_read_only_cache) ? __ldg(p) : *p;\n      }",
+    ),
+    "wrong_fragment": (
+        "persistent.hpp",
+        "__float_as_uint(h[0].numbers[k]), __float_as_uint(h[1].numbers[k]),",
+        "__float_as_uint(h[PLANTED(wrong_fragment)].numbers[k]),"
+        " __float_as_uint(h[!PLANTED(wrong_fragment)].numbers[k]),",
+    ),
 }  # fmt: skip
 
 
@@ -101,7 +154,8 @@ def planted(mode: str, sanitizer: str | None = None) -> Path:
     if reason := build.missing(mode, sanitizer):
         pytest.skip(reason)
     if mode == "ptx":
-        source = source_with({name: BUGS[name] for name in ("row_too_many", "read_only_cache")}, "1")
+        seen = "row_too_many", "read_only_cache", "h_through_read_only_cache"
+        source = source_with({name: BUGS[name] for name in seen}, "1")
     else:
         source = source_with(BUGS, '(std::getenv("BUG") && !std::strcmp(std::getenv("BUG"), #bug))')
     return build.build(source, mode=mode, sanitizer=sanitizer, program=True)
@@ -128,6 +182,13 @@ def test_the_kernels_are_clean(sanitizer: str) -> None:
         ("block_sum_barrier", "standardise"),
         ("block_sum_last_barrier", "d_standardise"),
         ("element_of_two_threads", "gather"),  # both write the same number
+        ("relaxed_arrival", "persistent_forward"),  # whose numbers are right on every run
+        ("relaxed_arrival", "persistent_backward"),
+        ("barrier_before_arrival", "persistent_forward"),
+        ("barrier_after_arrival", "persistent_backward"),
+        ("forward_sums", "persistent_forward"),
+        ("forward_next_tile", "persistent_forward"),
+        ("backward_sums", "persistent_backward"),
     ],
 )
 def test_the_race_detector_sees(bug: str, kernel: str) -> None:
@@ -160,8 +221,22 @@ def test_a_number_that_was_never_written_is_nan() -> None:
     [
         ("multiply", "an access to global memory outside of every allocation"),
         ("column_sums", "the kernel writes what it also reads through the read-only cache"),
+        ("persistent_forward", "the kernel writes what it also reads through the read-only cache"),
     ],
 )
 def test_ptx_sees(kernel: str, sentence: str) -> None:
     result = build.run(planted("ptx"), kernel)
     assert result.returncode == 1 and sentence in result.stderr, result.stdout
+
+
+def test_wrong_numbers_of_the_persistent_loop_are_seen() -> None:
+    """Of tensor cores with operands in each other's place: without, their numbers are those of exact products, but for
+    what rounding to 11 bits makes of sums of 20 products of less than 1 / 4, through functions no steeper than 1. And
+    of a step that overwrites what others still read: the blocks have a barrier between them either way."""
+    program, kernels = planted("native", "address"), ("persistent_forward", "persistent_tf32")
+    bound = 2 * 20 / 4 * 2.0**-10
+    exact, rounded = (np.array(values) for values in numbers(build.run(program, *kernels)).values())
+    assert 0 < np.abs(rounded - exact).max() <= bound
+    for bug, kernel in zip(("one_exchange", "wrong_fragment"), kernels):
+        wrong = numbers(build.run(program, kernel, BUG=bug))[kernel]
+        assert np.abs(wrong - exact).max() > bound, bug

@@ -1,13 +1,17 @@
 // A program that runs the CUDA library's kernels, and with GATEWISE_TRIAL_LAYERS its layers, on a few numbers of its
 // own: small enough for the race detector, and without Python, of which the sanitizers know nothing.
 //   trial [multiply | add_parts | column_sums | standardise | d_standardise | gather]...
-//   trial [lstm | gru | lstm_norm | gru_reset_before]...
+//   trial [persistent_forward | persistent_backward | persistent_tf32]...
+//   trial [lstm | gru | gru_persistent | lstm_norm | gru_reset_before]...
 // It prints a line for each: its name and the numbers it computed. test_cuda_races.py runs it.
 #include <cstdio>
 #include <cstring>
 #include <deque>
 
-#include "cuda/step.hpp"
+#ifndef GATEWISE_WEIGHT_REGISTERS
+#define GATEWISE_WEIGHT_REGISTERS 16
+#endif
+#include "cuda/persistent.hpp"
 #include "device_memory.hpp"
 #ifdef GATEWISE_TRIAL_LAYERS
 #include "cuda/layer.hpp"
@@ -89,9 +93,49 @@ inline void run_gather(Arrays& arrays) {
   launch(gather<float>, pointwise(N, width), nullptr, walk, arrays.some(N * width), width, arrays.result(N * width));
 }
 
+// A device for which each of three blocks of 64 threads has some units of a small layer
+inline DeviceLimits small_device() { return {3, 64 << 10, 65 << 10, 65536, 64, 1024, 16, 32, 4 << 20, 8, 0}; }
+
+// The loop of an LSTM in one launch: two steps, more sequences than a tile has, some of which end after the first
+inline void run_persistent(Arrays& arrays, bool backward, Operands operands) {
+  constexpr Index T = 2, N = 34, H = 20, first = N, second = N - 1, rows = first + second, W = 4 * H;
+  Walk<float> walk{};
+  walk.steps = T, walk.N = N, walk.H = walk.R = H;
+  std::vector<Index> order, place;
+  for (Index i = 0; i < N; ++i) order.push_back(i), place.push_back(i);
+  for (Index i = 0; i < second; ++i) place.push_back(N + i);
+  std::vector<Index> length(N, T);
+  length.back() = 1;
+  walk.order = arrays.these(order), walk.place = arrays.these(place), walk.length = arrays.these(length);
+  walk.offset = arrays.these<Index>({0, first, rows});
+  walk.h0 = arrays.some(N * H), walk.c0 = arrays.some(N * H), walk.h_mask = arrays.some(N * H);
+  Problem<float> p{};
+  p.dims = {T, N, 1, H, H};
+  const float* const w_hh = arrays.some(W * H);
+  const PersistentLoop<Lstm, float> loop(p, false, backward, {small_device(), Loop::persistent, operands}, arrays);
+  loop.start(w_hh, nullptr);
+  if (!backward) {
+    ForwardStep<float> step{};
+    step.walk = walk;
+    step.gx.stride = W, step.gx.numbers = arrays.take<float>(rows * W);
+    GATEWISE_CUDA_CHECK(
+        cudaMemcpy(step.gx.numbers, arrays.some(rows * W), rows * W * sizeof(float), cudaMemcpyDeviceToDevice));
+    step.y = arrays.result(T * N * H, true), step.saved = {arrays.take<float>(rows * W), W};
+    loop.run(persistent_forward<Lstm, float>, {loop.steps(0, T, walk), step, arrays.result(rows * H), nullptr},
+             nullptr);
+  } else {
+    BackwardStep<float> step{};
+    step.walk = walk;
+    step.y = arrays.some(T * N * H), step.dy = arrays.some(T * N * H), step.saved = {arrays.some(rows * W), W};
+    step.gates = arrays.result(rows * W);
+    step.carry_h = arrays.result(N * H, true), step.carry_c = arrays.result(N * H, true);
+    loop.run(persistent_backward<Lstm, float>, {loop.steps(0, T, walk), step, arrays.some(rows * H)}, nullptr);
+  }
+}
+
 #ifdef GATEWISE_TRIAL_LAYERS
 // A layer forward and backward with every option that the cell has
-template <class Cell> void run_layer(Arrays& arrays, bool projects = false) {
+template <class Cell> void run_layer(Arrays& arrays, bool projects = false, const Execution& execution = {}) {
   constexpr Index T = 3, N = 3, I = 2, H = 5, W = Index(Cell::G) * H;
   const Index R = projects ? 3 : H;
   const std::vector<Index> lengths{2, 3, 1};
@@ -109,7 +153,6 @@ template <class Cell> void run_layer(Arrays& arrays, bool projects = false) {
   p.sequence.reset = arrays.these<unsigned char>({0, 0, 1, 1, 0, 0, 0, 0, 0});
   p.h_mask = Cell::has_product ? arrays.some(N * R) : nullptr;
   p.zoneout = {0.3, Cell::has_c ? 0.4 : 0.0, true, 5};
-  const Execution execution{};
   const Sizes sizes = cuda::sizes<Cell, float>(p, execution);
 
   Forward<float> f{};
@@ -140,9 +183,13 @@ inline void run(const char* name, Arrays& arrays) {
   else if (is("standardise")) run_standardise(arrays, false);
   else if (is("d_standardise")) run_standardise(arrays, true);
   else if (is("gather")) run_gather(arrays);
+  else if (is("persistent_forward")) run_persistent(arrays, false, Operands::exact);
+  else if (is("persistent_backward")) run_persistent(arrays, true, Operands::exact);
+  else if (is("persistent_tf32")) run_persistent(arrays, false, Operands::tf32);
 #ifdef GATEWISE_TRIAL_LAYERS
   else if (is("lstm")) run_layer<Lstm>(arrays, true);
   else if (is("gru")) run_layer<Gru>(arrays);
+  else if (is("gru_persistent")) run_layer<Gru>(arrays, false, {small_device(), Loop::persistent});
   else if (is("lstm_norm")) run_layer<LstmNorm>(arrays);
   else if (is("gru_reset_before")) run_layer<GruResetBefore>(arrays);
 #endif
