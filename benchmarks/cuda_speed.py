@@ -58,8 +58,22 @@ class Library(ABC):
     def fetch(self, array: Any) -> np.ndarray: ...
 
     @abstractmethod
+    def event(self) -> Any:
+        """What notes the time on the current stream: it has `record` and `synchronize`."""
+
+    @abstractmethod
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds from one event to another."""
+
     def seconds(self, step: Callable[[], Any], calls: int) -> float:
-        """A call's, between an event before so many calls and one after them."""
+        """A call's, of so many in a row."""
+        start, end = self.event(), self.event()
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return self.between(start, end) / 1e3 / calls
 
     @abstractmethod
     def copying(self, nbytes: int) -> Callable[[], Any]:
@@ -109,14 +123,11 @@ class CuPy(Library):
     def fetch(self, array: Any) -> np.ndarray:
         return self.cupy.asnumpy(array)
 
-    def seconds(self, step: Callable[[], Any], calls: int) -> float:
-        start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        return self.cupy.cuda.get_elapsed_time(start, end) / 1e3 / calls
+    def event(self) -> Any:
+        return self.cupy.cuda.Event()
+
+    def between(self, start: Any, end: Any) -> float:
+        return self.cupy.cuda.get_elapsed_time(start, end)
 
     def copying(self, nbytes: int) -> Callable[[], Any]:
         source = self.cupy.ones(nbytes // 4, np.float32)
@@ -158,14 +169,11 @@ class Torch(Library):
     def fetch(self, array: Any) -> np.ndarray:
         return array.detach().cpu().numpy()
 
-    def seconds(self, step: Callable[[], Any], calls: int) -> float:
-        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+    def event(self) -> Any:
+        return self.torch.cuda.Event(enable_timing=True)
+
+    def between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end)
 
     def copying(self, nbytes: int) -> Callable[[], Any]:
         source = self.torch.ones(nbytes // 4, device=self.device)

@@ -30,6 +30,19 @@ import cuda_speed as gpu
 __all__ = ["built", "pool"]
 
 
+class Event:
+    """Notes when the work before it was done."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.time = pool, float("nan")
+
+    def record(self) -> None:
+        assert self.pool.runtime.synchronize(None) == 0
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+
 class Fake(gpu.Library):
     """The host runtime's memory as a library, by the computer's clock."""
 
@@ -48,12 +61,11 @@ class Fake(gpu.Library):
     def fetch(self, array: Any) -> np.ndarray:
         return array.get()
 
-    def seconds(self, step: Callable[[], Any], calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        assert self.pool.runtime.synchronize(None) == 0
-        return (time.perf_counter() - start) / calls
+    def event(self) -> Any:
+        return Event(self.pool)
+
+    def between(self, start: Any, end: Any) -> float:
+        return 1e3 * (end.time - start.time)
 
     def copying(self, nbytes: int) -> Callable[[], Any]:
         source = np.ones(nbytes // 4, np.float32)
@@ -215,6 +227,36 @@ def test_who_refuses_or_is_wrong_is_left_out_of_a_race(fake: Fake) -> None:
     parties = {"ours": gpu.Ours(plain, inputs, fake), "torch": wrong}
     (row,) = gpu.race(plain, parties, fake, gpu.Roofs(1e12, 1e11), rounds=1, window=0.001)
     assert row.party == "ours" and "of torch is off by" in row.note
+
+
+def test_a_call_is_timed_by_events(fake: Fake) -> None:
+    calls = []
+
+    def step() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.002)
+
+    assert fake.seconds(step, 5) >= 0.002 and len(calls) == 5
+
+
+def test_pytorchs_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of the adapter needs no card: there and back, a copy, a product with its settings, which are set back."""
+    import torch
+
+    monkeypatch.setattr(gpu.Torch, "device", "cpu")
+    library = gpu.Torch()
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 4)[::-1]
+    assert np.array_equal(library.fetch(library.send(numbers)), numbers)
+    assert library.fetch(library.copying(64)()).sum() == 16
+    kept = torch.backends.cudnn.allow_tf32
+    for operands in gpu.OPERANDS:
+        step = library.multiplying(4, "f32", operands)
+        assert step is not None and float(step()[0, 0]) == 4
+    with gpu.rounding(torch, "tf32"):
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+    with gpu.rounding(torch, "exact"):
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == kept
 
 
 def test_calls_fill_a_window() -> None:
