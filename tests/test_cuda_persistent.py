@@ -104,6 +104,20 @@ def test_rounded_operands(library: ctypes.CDLL, cell: str, operands: str) -> Non
         check_rounded(library, cell, operands, shape, multiprocessors)
 
 
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_a_nan_stays_in_its_sequence(library: ctypes.CDLL, operands: str) -> None:
+    """It reaches all units through the product, rounded or not, and no other sequence, not even through padding."""
+    problem = Problem.parse("gru:T3,N3,I2,H17:f32:infer,h0")
+    inputs = problems.draw(problem)
+    how = {"loop": PERSISTENT, "operands": OPERANDS.index(operands), "device": card(3)}
+    expected, h0 = run(library, problem, inputs, **how)["y"], inputs.h0.copy()
+    for number in np.nan, np.inf:
+        h0[1, 4] = number
+        y = run(library, problem, inputs._replace(h0=h0), **how)["y"]
+        assert np.array_equal(y[:, ::2], expected[:, ::2])
+        assert np.isnan(y[:, 1]).all() if np.isnan(number) else not np.array_equal(y[:, 1], expected[:, 1])
+
+
 def test_double_and_older_devices_multiply_exactly(library: ctypes.CDLL) -> None:
     for dtype, capability in ("f64", "8.0"), ("f32", "7.5"):
         how = {"loop": PERSISTENT, "operands": OPERANDS.index("bf16"), "device": card(3, capability)}
