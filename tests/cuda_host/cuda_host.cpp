@@ -970,10 +970,6 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   stream->capture = std::make_unique<CUgraph_st>();
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = stream && stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!stream || !stream->capture) return report(cudaErrorInvalidValue, "cudaStreamEndCapture without a begin");
   *graph = stream->capture.release();
@@ -1022,23 +1018,6 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
                  const_cast<void*>(p), nullptr};
   return cudaSuccess;
 }
-void cuda_host_place(const void* allocation, int device) {
-  const auto i = find(allocation, 1);
-  if (i != allocations.end()) i->second.device = device;
-}
-void* cuda_host_allocate(std::size_t bytes) {
-  void* p = nullptr;
-  return cudaMalloc(&p, bytes) == cudaSuccess ? p : nullptr;
-}
-int cuda_host_free(void* p) { return cudaFree(p); }
-void* cuda_host_stream() {
-  cudaStream_t stream;
-  return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess ? stream : nullptr;
-}
-int cuda_host_synchronize(void* stream) {
-  return stream ? cudaStreamSynchronize(static_cast<cudaStream_t>(stream)) : cudaDeviceSynchronize();
-}
-
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
@@ -1064,6 +1043,26 @@ cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t 
   return submit(stream, [=] { return std::memset(p, value, bytes), cudaSuccess; });
 }
 cudaError_t cudaMemset(void* p, int value, std::size_t bytes) { return cudaMemsetAsync(p, value, bytes, nullptr); }
+
+void cuda_host_place(const void* allocation, int device) {
+  const auto i = find(allocation, 1);
+  if (i != allocations.end()) i->second.device = device;
+}
+void* cuda_host_allocate(std::size_t bytes) {
+  void* p = nullptr;
+  return cudaMalloc(&p, bytes) == cudaSuccess ? p : nullptr;
+}
+int cuda_host_free(void* p) { return cudaFree(p); }
+int cuda_host_copy(void* to, const void* from_host, std::size_t bytes, void* stream) {
+  return cudaMemcpyAsync(to, from_host, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+}
+void* cuda_host_stream() {
+  cudaStream_t stream;
+  return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess ? stream : nullptr;
+}
+int cuda_host_synchronize(void* stream) {
+  return stream ? cudaStreamSynchronize(static_cast<cudaStream_t>(stream)) : cudaDeviceSynchronize();
+}
 
 // --- The runtime library: the device and launches --------------------------------------------------------------------
 

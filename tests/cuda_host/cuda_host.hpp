@@ -275,7 +275,6 @@ enum cudaStreamCaptureMode {
   cudaStreamCaptureModeThreadLocal,
   cudaStreamCaptureModeRelaxed
 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum : unsigned { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
@@ -354,7 +353,6 @@ cudaError_t cudaEventSynchronize(cudaEvent_t);
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t);  // there is no time here: 0
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode);
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*);
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long flags = 0);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t);
@@ -401,10 +399,11 @@ void cuda_host_deferred(int deferred);
 // what is said to be another's: no kernel can tell.
 void cuda_host_driver(int version, int devices);
 void cuda_host_place(const void* allocation, int device);
-// The runtime library for callers without C++: device memory (null: none left), a stream, which does not wait for the
-// default stream, and a wait for its work, or for that of all, if it is null (0: no error)
+// The runtime library for callers without C++: device memory (null: none left), a copy to it, a stream, which does not
+// wait for the default stream, and a wait for its work, or for that of all, if it is null. 0: no error
 void* cuda_host_allocate(std::size_t bytes);
 int cuda_host_free(void*);
+int cuda_host_copy(void* to, const void* from_host, std::size_t bytes, void* stream);
 void* cuda_host_stream();
 int cuda_host_synchronize(void* stream);
 // Launches are not run but written to this file, a line each: the kernel's mangled name, the grid's three sizes,
