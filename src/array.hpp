@@ -243,7 +243,7 @@ struct Expected {
 inline std::string describe_type(py::handle object) {
   if (py::hasattr(object, "__cuda_array_interface__"))
     return std::string(Py_TYPE(object.ptr())->tp_name) +
-           " on a CUDA device, where a call runs if x is there, an array of CuPy, Numba or PyTorch";
+           " on a CUDA device, not in the CPU's memory (x may be there, as an array of CuPy, Numba or PyTorch)";
   return Py_TYPE(object.ptr())->tp_name;
 }
 

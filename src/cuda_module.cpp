@@ -127,12 +127,6 @@ class OnStream {
 
   OnStream(const DeviceProblem& p, const Device& lent, std::uintptr_t number)
       : stream(stream_of(number)), current_(p.device), problem_(p) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    GATEWISE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-    if (capture != cudaStreamCaptureStatusNone)
-      throw py::value_error(
-          "stream: expected one that runs; got one that is captured into a graph, which would read "
-          "the order of the sequences from memory that is gone");
     follow(stream, p.stream);
     p.memory.make_wait(stream);
     lent.make_wait(stream);
@@ -205,6 +199,19 @@ void copy(const DeviceProblem& p, py::handle numbers, py::handle host, std::uint
   GATEWISE_CUDA_CHECK(cudaStreamSynchronize(on.stream));
 }
 
+// Elements of `saved` and `states` for a row, which is a step of a sequence: a tape is that times its rows
+py::tuple row_sizes(py::handle cell, bool is_double, Index H, Index R) {
+  const cuda::Kernels& kernels = find_cell(cuda::kernels().begin, cuda::kernels().end, cell);
+  const auto ask = [&](auto zero, const auto& functions) {
+    Problem<decltype(zero)> one{};
+    one.dims = {1, 1, 1, H, R};
+    if (R != H) one.weights.w_hr = &zero;
+    const Sizes sizes = functions.sizes(one, cuda::Execution{});
+    return py::make_tuple(sizes.saved, sizes.states);
+  };
+  return is_double ? ask(double(), kernels.f64) : ask(float(), kernels.f32);
+}
+
 }  // namespace
 }  // namespace gatewise::binding
 
@@ -215,6 +222,8 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     const Devices found = find_devices();
     return py::make_tuple(found.unavailable.empty() ? py::none() : py::object(py::str(found.unavailable)), found.names);
   });
+
+  m.def("row_sizes", &row_sizes, py::arg("cell"), py::arg("float64"), py::arg("H"), py::arg("R"));
 
   py::class_<DeviceProblem> problem(m, "Problem", py::module_local());
   describe_problem(problem);

@@ -335,6 +335,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.attr("archs") = list_archs();
   m.attr("cells") = list_cells();
   m.attr("compiler") = compiler();
+  m.attr("no_cuda") = GATEWISE_NO_CUDA;
   m.def("choose_arch", [] { return choose_arch().name; });
   m.def("available_cores", &available_cores);
   m.def("share_openmp", &share_openmp);

@@ -4,6 +4,7 @@
 from typing import Any
 
 compiler: str  # "g++ 12.2.0"
+no_cuda: str  # why there is no gatewise._cuda; empty where there is one
 archs: list[tuple[str, bool]]
 # name: G, S, U, has_c, split (GRU's two parts), product (with w_hh), middle ("none" | "product" | "norm": what stands
 # between the two phases of the cell), normed (gx and gh are standardised)

@@ -11,12 +11,12 @@ from . import _core
 NAMES = ("cpu", "reference", "cuda")
 
 
-def _unavailable(name: str) -> str | None:
+def unavailable(name: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
     if name == "reference" and importlib.util.find_spec("numba") is None:
         return "not available: Numba is not installed (pip install gatewise[reference])"
     if name == "cuda":
-        module, reason = _cuda()
+        module, reason = find_cuda()
         if module is not None:
             reason, _ = module.devices()
             return None if reason is None else f"not available: {reason}"
@@ -24,19 +24,19 @@ def _unavailable(name: str) -> str | None:
     return None
 
 
-def _cuda() -> tuple[Any, str]:
+def find_cuda() -> tuple[Any, str]:
     """The compiled CUDA kernels, imported when they are first asked for; or None, and why."""
     try:
         return importlib.import_module("gatewise._cuda"), ""
     except ModuleNotFoundError:
-        return None, "not built: no nvcc (CUDA 13) was found when gatewise was installed"
+        return None, f"not built: {_core.no_cuda}"
     except ImportError as error:
         return None, f"not available: {error}"
 
 
 def cuda() -> Any:
     """The compiled CUDA kernels, which say themselves if there is no device for them."""
-    module, reason = _cuda()
+    module, reason = find_cuda()
     if module is None:
         raise ValueError(f"backend: 'cuda' is {reason}")
     return module
@@ -44,7 +44,7 @@ def cuda() -> Any:
 
 def backends() -> dict[str, str]:
     """Every backend and what it is here: the CPU's arch, "numba", the devices, or the reason why it is missing."""
-    return {name: _unavailable(name) or _here(name) for name in NAMES}
+    return {name: unavailable(name) or _here(name) for name in NAMES}
 
 
 def _here(name: str) -> str:
@@ -62,7 +62,7 @@ def choose(backend: str | None) -> str:
         return name
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}; got {name!r}")
-    if reason := _unavailable(name):
+    if reason := unavailable(name):
         raise ValueError(f"{source}: {name!r} is {reason}")
     if name == "cuda":
         raise ValueError(

@@ -74,3 +74,9 @@ def operands_of(place: Place) -> str:
     """What the recurrent products' float32 operands are rounded to, for tensor cores: GATEWISE_CUDA_OPERANDS, else
     what the library says, else nothing. Sums are float32's always."""
     return _core.environment("GATEWISE_CUDA_OPERANDS") or place.operands
+
+
+def loop_of() -> str | None:
+    """How the steps are run, which the plan decides unless GATEWISE_CUDA_LOOP does, as tests and benchmarks ask for it:
+    "persistent" or "stepwise"."""
+    return _core.environment("GATEWISE_CUDA_LOOP")

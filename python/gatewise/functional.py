@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .backends import check_is_cuda, choose, choose_num_threads, cuda
-from .device import Place, operands_of, place_of
+from .device import Place, loop_of, operands_of, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -355,8 +355,8 @@ def _forward(
 
 def _forward_on_device(cell: str, place: Place, inputs: tuple[Any, ...], training: bool) -> Tape:
     """`_forward` on arrays of a CUDA device, on their library's stream."""
-    kernels, loop = cuda(), _core.environment("GATEWISE_CUDA_LOOP")
-    p = kernels.Problem(cell, *inputs, None, place.handle, operands_of(place), loop)
+    kernels = cuda()
+    p = kernels.Problem(cell, *inputs, None, place.handle, operands_of(place), loop_of())
     saved_size, states_size, scratch_size, _ = p.sizes
     y, hn = place.empty((*inputs[0].shape[:-1], p.R), p.dtype), place.empty((p.N, p.R), p.dtype)
     cn = place.empty((p.N, p.H), p.dtype) if p.has_c else None
@@ -539,6 +539,11 @@ def _double_backward(
         dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
         direction = {name: _widened(a, tape.y.dtype) for name, a in direction.items()}
         return SecondGradients(**_rounded_like_inputs(tape, _double_backward(tape._wide, dy, dhn, dcn, direction)))
+    if tape.backend == "cuda":
+        raise ValueError(
+            "tape: expected one of arrays on the CPU, where the reference makes second derivatives; got one of a CUDA "
+            "device's"
+        )
     from . import reference
 
     # Validated again: whoever changed `lengths` since then must not steer the loops out of the arrays.

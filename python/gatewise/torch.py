@@ -23,7 +23,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, functional, layers
-from .backends import backends, choose_num_threads
+from .backends import choose_num_threads, cuda, find_cuda, unavailable
+from .device import Place, loop_of, operands_of, place_of
 
 Maybe = Optional[Tensor]
 
@@ -50,6 +51,7 @@ _CPU = torch.device("cpu")
 _core.share_openmp()  # PyTorch's threads: two pools would be in each other's way
 _PLAIN = (torch.Tensor, nn.Parameter)
 _16_BIT = (torch.float16, torch.bfloat16)
+_NO_BACKEND = "of no backend: there are the CPU's and CUDA's"
 
 
 class _Options(NamedTuple):
@@ -77,7 +79,7 @@ def _lend(tensor: Maybe) -> Any:
 
 
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 def _arguments(tensors: Sequence[Maybe], options: _Options) -> tuple[Any, ...]:
@@ -96,15 +98,23 @@ def _lent(arguments: tuple[Any, ...], lend: Callable[[Tensor], Any]) -> tuple[An
     return tuple(lend(a) if isinstance(a, Tensor) else _lent(a, lend) if isinstance(a, tuple) else a for a in arguments)
 
 
-def _problem(tensors: Sequence[Maybe], options: _Options) -> _core.Problem:
-    x = tensors[0]
-    assert x is not None
-    if not x.is_cpu:
-        raise RuntimeError(f"gatewise.torch: x is on {x.device}, whose kernels are {backends()['cuda']}; use the CPU")
+def _place(x: Tensor) -> Place | None:
+    """Where a call with this x runs: None for the CPU."""
+    if x.is_cpu:
+        return None
+    module, reason = find_cuda() if x.is_cuda else (None, _NO_BACKEND)
+    if module is None:
+        raise RuntimeError(f"gatewise.torch: x is on {x.device}, whose kernels are {reason}")
+    return place_of(x)
+
+
+def _problem(tensors: Sequence[Maybe], options: _Options, place: Place | None) -> Any:
     arguments = _arguments(tensors, options)
     if _EXCHANGE is None:
         arguments = _lent(arguments, _lend)
-    return _core.Problem(*(options.cell, *arguments, _EXCHANGE))
+    if place is None:
+        return _core.Problem(*(options.cell, *arguments, _EXCHANGE))
+    return cuda().Problem(options.cell, *arguments, _EXCHANGE, place.handle, operands_of(place), loop_of())
 
 
 def _num_threads() -> int:
@@ -125,7 +135,8 @@ def _forward(
     this batch makes them; those of an op are of `_tape_sizes`, and zeros beyond: it has no numbers by chance."""
     x = tensors[0]
     assert x is not None
-    p = _problem(tensors, options)
+    place = _place(x)
+    p = _problem(tensors, options, place)
     y = x.new_empty((*x.shape[:-1], p.R))
     hn = x.new_empty((p.N, p.R))
     cn = saved = states = None
@@ -133,16 +144,18 @@ def _forward(
     if p.has_c:
         cn = x.new_empty((p.N, p.H))
     if keep:
-        make = partial(_untouched_zeros, x.dtype) if for_op else x.new_empty
+        make = x.new_empty if not for_op else partial(_untouched_zeros, x.dtype) if place is None else x.new_zeros
         sizes = _tape_sizes(tensors, options, p.N) if for_op else (saved_size, states_size)
         if options.save == "all":
             saved = make(sizes[0])
         if p.has_c:
             states = make(sizes[1])
-    _core.forward(
-        p, _lend(y), _lend(hn), _lend(cn), _part(saved, saved_size), _part(states, states_size), None, _num_threads(),
-        None, packed, _EXCHANGE,
-    )  # fmt: skip
+    lent = _lend(y), _lend(hn), _lend(cn), _part(saved, saved_size), _part(states, states_size)
+    if place is None:
+        _core.forward(p, *lent, None, _num_threads(), None, packed, _EXCHANGE)
+    else:
+        scratch = x.new_empty(p.sizes[2], dtype=torch.uint8)
+        cuda().forward(p, *lent, _lend(scratch), place.handle, _EXCHANGE)
     return y, hn, cn, saved, states
 
 
@@ -168,7 +181,8 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Maybe]:
     """The wanted gradients of the first `_GRADIENTS` tensors, None for the others."""
-    p = _problem(tensors, options)
+    place = _place(y)
+    p = _problem(tensors, options, place)
     out: list[Maybe] = [None] * _GRADIENTS
     for i, is_wanted in enumerate(wanted):
         tensor = tensors[i]
@@ -180,10 +194,12 @@ def _backward(
         saved = None
     if not p.has_c:
         states = None
-    _core.backward(
-        p, _lend(y), _part(saved, own[0]), _part(states, own[1]),
-        _lend(dy), _lend(dhn), _lend(dcn), tuple(map(_lend, out)), None, _num_threads(), None, _EXCHANGE,
-    )  # fmt: skip
+    lent = _lend(y), _part(saved, own[0]), _part(states, own[1]), _lend(dy), _lend(dhn), _lend(dcn)
+    if place is None:
+        _core.backward(p, *lent, tuple(map(_lend, out)), None, _num_threads(), None, _EXCHANGE)
+    else:
+        scratch = _lend(y.new_empty(own[3], dtype=torch.uint8))
+        cuda().backward(p, *lent, tuple(map(_lend, out)), scratch, place.handle, False, _EXCHANGE)
     return out
 
 
@@ -215,6 +231,9 @@ def _tape_sizes(tensors: Sequence[Maybe], options: _Options, N: Any) -> tuple[An
     else:
         T, rows = batch_sizes.shape[0], x.shape[0]
     how = options.cell, x.dtype == torch.float64
+    if x.is_cuda:
+        saved, states = cuda().row_sizes(*how, H, R)
+        return saved * rows, states * rows
     if options.save == "checkpoints":  # every few steps, by T: a compiled call is one of this T
         return 0, _row_sizes(*how, int(T), H, R, options.save, _core.choose_arch())[1] * N
     saved, states = _row_sizes(*how, 1, H, R, options.save, _core.choose_arch())
@@ -324,7 +343,7 @@ def _double_backward_op(*args: Any) -> tuple[Tensor, ...]:
     x = tensors[0]
     assert x is not None
     return tuple(
-        torch.from_numpy(np.ascontiguousarray(got[name])) if is_wanted and name in got else x.new_empty(0)
+        torch.from_numpy(np.ascontiguousarray(got[name])).to(x.device) if is_wanted and name in got else x.new_empty(0)
         for name, is_wanted in zip(names, args[-1])
     )
 
@@ -339,13 +358,31 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _unpack_op(*args: Any) -> tuple[Tensor, ...]:
     """Gates [..., G, H] and c [..., H] of every step from a tape that keeps all; leading axes as in y."""
     tensors, options = _split(args)
+    x = tensors[0]
+    assert x is not None
+    place = _place(x)
+    if place is not None:
+        return _unpack_on_device(_problem(tensors, options, place), *args[-3:])
     y, saved, states = map(_array, args[-3:])
     arrays = _lent(_arguments(tensors, options), _array)
     p = _core.Problem(options.cell, *arrays)
     tape = functional.Tape(options.cell, "cpu", True, arrays, p, y, y, None, saved, states)
-    x = tensors[0]
-    assert x is not None
     return torch.from_numpy(tape.gates), _present(None if tape.c is None else torch.from_numpy(tape.c), x)
+
+
+def _unpack_on_device(p: Any, y: Tensor, saved: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The CUDA kernels' tape: [packed row][block][H] (cpp/cuda/layer.hpp)."""
+    order = np.empty(p.rows, np.int64)
+    p.write_rows(order)
+    rows, leading = torch.from_numpy(order).to(y.device), y.shape[:-1]
+
+    def unpacked(buffer: Tensor, blocks: int, kept: int) -> Tensor:
+        out = y.new_zeros(leading.numel(), kept, p.H)
+        out[rows] = buffer[: p.rows * blocks * p.H].view(p.rows, blocks, p.H)[:, :kept]
+        return out.view(*leading, kept, p.H)
+
+    gates = unpacked(saved, p.S, p.G)
+    return gates, unpacked(states, 1, 1).squeeze(-2) if p.has_c else y.new_empty(0)
 
 
 @_unpack_op.register_fake
@@ -596,13 +633,13 @@ def _call(name: str, *args: Any) -> Any:
 
 
 def _is_watched(tensors: Sequence[Maybe]) -> bool:
-    """Whether somebody watches what is done to these tensors, or they are not simply numbers on the CPU."""
+    """Whether somebody watches what is done to these tensors, or they are not simply numbers somewhere."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return True
-    for tensor in tensors:  # noqa: SIM110 (any() over a generator takes four times as long)
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+    for tensor in tensors:  # any() over a generator takes four times as long
+        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda)):
             return True
     return False
 
@@ -636,8 +673,8 @@ def _layer_step(tensors: tuple[Maybe, ...], options: _Options) -> tuple[Tensor, 
     return _forward(_of_step(tensors), options, False)[1:3]
 
 
-def _is_autocast() -> bool:
-    return torch.is_autocast_enabled("cpu")
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
 
 
 def _wide(tensor: Maybe) -> Maybe:
@@ -729,6 +766,9 @@ class _Layers(nn.RNNBase, layers.LayerOptions):
             self._names.append([own.get(kind) for kind in _KINDS])
         self._packed = [_core.PackedWeights() for _ in self._names]
 
+    def flatten_parameters(self) -> None:
+        """torch.nn's, which lays weights out for cuDNN. These kernels take each where it is."""
+
     def reset_parameters(self) -> None:
         """U(-1/sqrt(H), 1/sqrt(H)), drawn as torch.nn draws; for the rest see gatewise.layers.Layer."""
         super().reset_parameters()
@@ -815,7 +855,7 @@ class _Layers(nn.RNNBase, layers.LayerOptions):
         elif order is not None and torch.compiler.is_compiling():  # so that N is known from a shape
             h = x.new_zeros(len(self._names), len(order), self.proj_size or self.hidden_size)
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, dtype=torch.int64, device=x.device)
+            lengths = torch.as_tensor(lengths, dtype=torch.int64, device=_CPU if x.is_cuda else x.device)
         y, hs, cs, states = self._run(x, h, c, (lengths, batch_sizes, reset), reset_to, return_states)
         hn = hs[0].unsqueeze(0) if len(hs) == 1 else torch.stack(hs)
         cn = None
@@ -859,9 +899,9 @@ class _Layers(nn.RNNBase, layers.LayerOptions):
     def _run(
         self, x: Tensor, h: Maybe, c: Maybe, steps: tuple[Any, ...], reset_to: str, with_states: bool
     ) -> tuple[Tensor, list[Tensor], list[Maybe], list[States]]:
-        dtype, autocast = x.dtype, _is_autocast()
+        dtype, autocast = x.dtype, _is_autocast(x)
         if autocast:
-            dtype = torch.get_autocast_dtype("cpu")
+            dtype = torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu")
         lengths, batch_sizes, reset = steps
         batch_first = self.batch_first and batch_sizes is None
         directions = 2 if self.bidirectional else 1
@@ -1071,7 +1111,7 @@ def _step(module: Any, cell: str, input: Tensor, h: Maybe, c: Maybe) -> tuple[Te
     w_ih, w_hh, b_ih, b_hh = _weights(module, _STEP_WEIGHTS if module.bias else _STEP_WEIGHTS_ALONE)
     x, h, c = _wide(input), _wide(h), _wide(c)
     assert x is not None
-    autocast = _is_autocast()
+    autocast = _is_autocast(x)
     if autocast:
         h, c = (None if s is None else s.to(x.dtype) for s in (h, c))
     hn, cn = _layer_step((x, h, c, w_ih, w_hh, b_ih, b_hh), _STEPS[cell])
@@ -1160,7 +1200,9 @@ def _swap(model: nn.Module, swaps: dict[type, type], why_not: Callable[[nn.Modul
 def _why_not_here(module: nn.Module) -> str | None:
     for parameter in module.parameters():
         if parameter.device.type not in ("cpu", "meta"):
-            return f"its weights are on {parameter.device}, whose kernels are {backends()['cuda']}"
+            reason = unavailable("cuda") if parameter.is_cuda else _NO_BACKEND
+            if reason is not None:
+                return f"its weights are on {parameter.device}, whose kernels are {reason}"
         if not parameter.is_floating_point():
             return f"its weights are {parameter.dtype}"
     return None
