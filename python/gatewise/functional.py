@@ -1,6 +1,7 @@
 """Recurrent layers as functions on arrays: one call is one direction of one layer, forward or backward.
 
-Time-major NumPy arrays in, NumPy arrays out, nothing copied and nothing cast (but 16-bit numbers: see `forward`).
+Time-major NumPy arrays in, NumPy arrays out, nothing copied and nothing cast (but 16-bit numbers: see `forward`); or
+arrays of CuPy, Numba or PyTorch on a CUDA device, in and out (see `forward`; no GPU has run this yet).
 Shapes use the project's letters: T time steps, N batch, I input size, H hidden size, R size of h (H, or that of its
 projection), G gates of the cell (lstm i f g o · gru r z n · rnn h), U blocks of per-unit weights.
 """
@@ -275,7 +276,8 @@ def forward(
             influences anything.
         reverse: walk each sequence from its own last step to step 0. y stays in time order; hn is the state
             after step 0.
-        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu".
+        backend: "cpu" or "reference"; None asks GATEWISE_BACKEND, else takes "cpu". Arrays on a CUDA device have "cuda"
+            alone, or None.
         num_threads: at most that many threads; None asks GATEWISE_NUM_THREADS, OMP_NUM_THREADS, the machine.
         training: keep what `backward` needs.
         options: see `Options`.
@@ -284,10 +286,17 @@ def forward(
     float32. The arithmetic is float32's, on widened copies; y, hn and cn are rounded to x's dtype, every gradient to
     the dtype of what it belongs to.
 
-    Subnormal numbers count as zero inside the compiled kernels; the caller's floating-point mode is restored.
+    Arrays on a CUDA device: where x is an array of CuPy, Numba or PyTorch there, so is every other one but lengths and
+    batch_sizes, and the results are that library's. The work is put on the library's current stream, after what the
+    arrays' own streams have to do; the host does not wait. So do not change an array on another stream before that.
+    float32 and float64, save="all" only. GATEWISE_CUDA_OPERANDS=tf32 or bf16 lets tensor cores round the operands of
+    float32 products; of PyTorch's tensors torch.set_float32_matmul_precision says it.
+
+    Subnormal numbers count as zero inside the CPU's kernels; the caller's floating-point mode is restored.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: a call of CUDA's failed; the message tells which, the error, and where.
         TypeError: an option that is none of `Options`.
         MemoryError: the outputs, or what is kept for backward, do not fit into memory.
     """
