@@ -6,12 +6,14 @@ it is kept, though streams run only when somebody waits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import re
 import subprocess
 import sys
 import sysconfig
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -378,6 +380,70 @@ def test_streams_that_run_late(pool: Pool) -> None:
         for name, array in results.items():
             assert np.allclose(array.get(), expected[name], rtol=1e-4, atol=1e-5), name
         del results, array
+
+
+# -- libraries ---------------------------------------------------------------------------------------------------------
+
+
+class Current(contextlib.AbstractContextManager[None]):
+    """A device that is made current, of a library that counts how often."""
+
+    depth = entered = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        self.entered += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self.depth -= 1
+
+
+@pytest.mark.parametrize("package", ["cupy", "numba.cuda"])
+def test_a_library_allocates_and_tells_its_stream(pool: Pool, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """By the functions that CuPy and Numba have for it, on x's device; arrays are known by their class's package."""
+    current, made = Current(), []
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Array:
+        assert package != "cupy" or current.depth == 1
+        made.append(array := new(pool, shape, dtype))
+        return array
+
+    class Stream:
+        ptr = pool.runtime.stream()
+
+        def __int__(self) -> int:
+            return self.ptr
+
+    stream, inputs = Stream(), lstm_inputs(pool)
+    expected = gw.lstm(**inputs)[0].get()
+    new = type("ndarray", (Array,), {"__module__": package, "device": current})
+    cuda = types.SimpleNamespace(get_current_stream=lambda: stream, default_stream=lambda: stream, device_array=empty)
+    monkeypatch.setitem(
+        sys.modules, package, cuda if package != "cupy" else types.SimpleNamespace(cuda=cuda, empty=empty)
+    )
+    for array in inputs.values():
+        array.__class__ = new
+    pool.runtime.deferred(1)
+    y, (hn, cn) = gw.lstm(**inputs)
+    assert {id(y), id(hn), id(cn)} < {id(array) for array in made} and type(y) is new
+    assert np.isnan(y.numbers()).all() and pool.runtime.synchronize(stream.ptr) == 0
+    assert np.array_equal(y.numbers(), expected)
+    assert current.depth == 0 and (current.entered > 0) == (package == "cupy")
+
+
+def test_rounding_is_what_torch_allows_unless_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, operands in (("highest", "exact"), ("high", "tf32"), ("medium", "bf16")):
+            torch.set_float32_matmul_precision(precision)
+            place = device.Place(None, None, 0, device.torch_operands(torch))
+            assert device.operands_of(place) == operands
+            with monkeypatch.context() as context:
+                context.setenv("GATEWISE_CUDA_OPERANDS", "exact")
+                assert device.operands_of(place) == "exact"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert device.place_of(torch.zeros(2)) is None  # on the CPU, where functions take no tensors
 
 
 # -- gatewise.torch ----------------------------------------------------------------------------------------------------
