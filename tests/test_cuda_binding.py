@@ -196,6 +196,25 @@ def test_every_cell(pool: Pool, cell: str, dtype: str) -> None:
         check(problem, problems.run(problem, placed(pool, problems.draw(problem)), None))
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru_norm", "indrnn_relu"])
+def test_nothing_at_all(pool: Pool, cell: str) -> None:
+    """No step, or no sequence: arrays without memory, whose pointers are null."""
+    for shape in ("T0,N3,I5,H9", "T4,N0,I5,H9", "T0,N0,I1,H2"):
+        problem = Problem.parse(f"{cell}:{shape}:f32:h0")
+        check(problem, problems.run(problem, placed(pool, problems.draw(problem)), None))
+
+
+@pytest.mark.parametrize("loop", ["stepwise", "persistent"])
+def test_the_loop_that_the_environment_names(pool: Pool, monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
+    monkeypatch.setenv("GATEWISE_CUDA_LOOP", loop)
+    problem = Problem.parse("gru:T4,N3,I5,H9:f32:h0")
+    check(problem, problems.run(problem, placed(pool, problems.draw(problem)), None))
+    if loop == "persistent":
+        with pytest.raises(ValueError, match="loop: "):  # IndRNN has no product to keep
+            problem = Problem.parse("indrnn_relu:T4,N3,I5,H9:f32:h0")
+            problems.run(problem, placed(pool, problems.draw(problem)), None)
+
+
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
