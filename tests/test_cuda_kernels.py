@@ -214,6 +214,7 @@ OPTIONS = [
     *("mask,h0", "mask,reset,lengths", "zoneout,h0,lengths,reverse", "expected,h0", "clip,h0", "infer,zoneout,reset"),
     *("project,h0", "project,mask,reset,lengths", "project,zoneout,reverse,h0", "infer,project,lengths"),
     *("batch,lengths,h0", "packed,reverse,h0", "packed,reset", "strided,batch,reverse", "strided"),
+    *("states,lengths,h0", "checkpoints,reset,reverse,h0", "states,zoneout,mask,project", "checkpoints,project,packed"),
 ]
 SOME = [*(f"{shape}:h0" for shape in SHAPES), *(f"T5,N4,I3,H9:{options}" for options in OPTIONS)]
 SOME += [f"{shape}:lengths,h0" for shape in ("T0,N3,I2,H4", "T3,N0,I2,H4")]
@@ -241,7 +242,7 @@ def test_what_nvcc_makes_of_the_kernels() -> None:
 
 @pytest.mark.parametrize(("cell", "options"), [("gru", "h0"), ("gru_norm", "h0"), ("lstm", "project,h0")])
 def test_long_sums_in_parts(library: ctypes.CDLL, cell: str, options: str) -> None:
-    """K beyond the least part: products of a step and gradients of weights are sums of several parts."""
+    """K beyond the least part: products of a step and gradients of weights are sums of several parts, and of chunks."""
     check(library, Problem.parse(f"{cell}:T2,N2,I3,H260:f64:{options}"))
     check(library, Problem.parse(f"{cell}:T150,N4,I2,H8:f64:{options}"))
 
@@ -297,10 +298,21 @@ def test_same_bits_in_any_batch(library: ctypes.CDLL) -> None:
     check_batch(library)
 
 
-def test_what_is_not_there_is_said(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("save", ["states", "checkpoints"])
+@pytest.mark.parametrize("cell", ["lstm", "lstm_norm", "gru_reset_before"])
+def test_gates_are_recomputed_to_the_same_bits(library: ctypes.CDLL, cell: str, save: str) -> None:
+    whole, less = (Problem.parse(f"{cell}:T5,N3,I4,H9:f32:lengths,h0{option}") for option in ("", f",{save}"))
+    inputs = problems.draw(whole)
+    expected, results = run(library, whole, inputs), run(library, less, inputs)
+    for name in expected:
+        if not name.startswith(("dw", "db")):  # sums over rows, a chunk at a time
+            assert np.array_equal(results[name], expected[name]), name
+
+
+def test_a_loop_that_keeps_no_checkpoints_is_said(library: ctypes.CDLL) -> None:
     problem = Problem.parse("lstm:T2,N2,I2,H3:f32:checkpoints")
-    with pytest.raises(RuntimeError, match="save: the CUDA kernels keep all"):
-        run(library, problem, problems.draw(problem))
+    with pytest.raises(RuntimeError, match='loop: expected one that is stepwise, for save is "checkpoints"'):
+        run(library, problem, problems.draw(problem), loop=1)
 
 
 class CublasCalls(ctypes.Structure):

@@ -413,8 +413,8 @@ template <class Cell, class T> __global__ void __launch_bounds__(most_threads) p
 // Whether a cell's step is one product and the cell
 template <class Cell> constexpr bool can_persist = Cell::has_product && Cell::middle == Middle::none && !Cell::normed;
 
-// How a layer's loop runs: its plan, and where that is persistent, its scratch. Throws std::invalid_argument where a
-// caller wants it persistent and no plan is.
+// How a layer's loop runs: its plan, and where that is persistent and possible, its scratch. Throws
+// std::invalid_argument where a caller wants it persistent and no plan is.
 template <class Cell, class T> struct PersistentLoop {
   StepProblem problem;
   Plan plan;
@@ -436,7 +436,9 @@ template <class Cell, class T> struct PersistentLoop {
     plan = plan_layer(execution.device, problem);
     if (execution.loop == Loop::persistent && !plan.persistent())
       throw std::invalid_argument(std::string("loop: expected one that can be persistent; ") + sentence(plan.reason));
-    chosen = can_persist<Cell> && execution.loop != Loop::stepwise && plan.persistent();
+    // A loop of one launch keeps or reads all gates, or all c: no checkpoints, and backward no chunks
+    const bool possible = backward ? p.save == Save::all : p.save != Save::checkpoints;
+    chosen = possible && can_persist<Cell> && execution.loop != Loop::stepwise && plan.persistent();
     if (!chosen) return;
     exchange = arena.template take<T>(exchange_bytes(problem) / Index(sizeof(T)));
     weights = arena.template take<Chunk<T>>(fragments() * 32);

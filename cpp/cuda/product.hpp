@@ -192,13 +192,14 @@ template <class T> __global__ void add_parts(const T* parts, Index count, Index 
 // How many parts to cut K into, so that a device of some hundred multiprocessors has work where C is small. It never
 // depends on the number of a step's rows: a row's bits would depend on its batch.
 struct PartsOf {
-  int count, k;
+  int count, k, wanted;  // count is wanted, or less, where ranges of k make up for it
   PartsOf(Index tiles, Index K, Index least_k) {
-    constexpr Index wanted = 128, most = 32;
-    Index parts = ceil_div(wanted, tiles < 1 ? 1 : tiles);
+    constexpr Index enough = 128, most = 32;
+    Index parts = ceil_div(enough, tiles < 1 ? 1 : tiles);
     if (parts > K / least_k) parts = K / least_k;
     if (parts > most) parts = most;
     if (parts < 1) parts = 1;
+    wanted = int(parts);
     k = int(ceil_div(ceil_div(K, parts), 16) * 16);  // no range is cut within a slab
     count = K > 0 ? int(ceil_div(K, k)) : 1;
   }

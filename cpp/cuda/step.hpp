@@ -387,13 +387,13 @@ template <class T> __global__ void gather(Walk<T> walk, const T* from, Index wid
   to[e.row * width + e.column] = from ? from[walk.order[e.row] * width + e.column] : T(0);
 }
 
-// hidden [rows, R]: what met w_hh, of all steps. Grid: elements of the first step's rows, shares of the steps.
-template <class T> __global__ void hidden_rows(Walk<T> walk, const T* y, T* hidden) {
+// hidden [rows, R]: what met w_hh, of steps [begin, end). Grid: elements of the first step's rows, shares of the steps.
+template <class T> __global__ void hidden_rows(Walk<T> walk, Index begin, Index end, const T* y, T* hidden) {
   const Element e;
   const Index i = e.row, k = e.column;
-  for (Index s = blockIdx.z; s < walk.steps; s += gridDim.z)
+  for (Index s = begin + blockIdx.z; s < end; s += gridDim.z)
     if (e.in(walk.offset[s + 1] - walk.offset[s], walk.R))
-      hidden[walk.row(s, i) * walk.R + k] = walk.previous_h(y, s, i, k) * walk.mask(i, k);
+      hidden[(walk.row(s, i) - walk.offset[begin]) * walk.R + k] = walk.previous_h(y, s, i, k) * walk.mask(i, k);
 }
 
 // ---- Sums over rows

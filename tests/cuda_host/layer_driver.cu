@@ -63,7 +63,7 @@ template <class T> void run(const Call& c, const CellKernels<T>& kernels) {
   p.h_mask = device.send<T>(c.h_mask, c.N * c.R);
   p.zoneout = {c.zoneout_h, c.zoneout_c, c.drawn != 0, c.seed};
   p.cell_clip = T(c.cell_clip);
-  p.save = Save(c.save);
+  p.save = Save(c.save), p.checkpoint = 2;
   const Execution execution{c.device, Loop(c.loop), Operands(c.operands), cublas};
   const Sizes sizes = kernels.sizes(p, execution);
 
