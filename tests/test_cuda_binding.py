@@ -303,10 +303,19 @@ def test_backends_and_memory_go_together(pool: Pool, monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_kernels_do_not_have(pool: Pool) -> None:
-    with pytest.raises(ValueError, match=r"^save: the CUDA kernels keep all"):
-        gw.lstm_forward(**lstm_inputs(pool), save="states")
     with pytest.raises(ValueError, match=r"^tape: expected one of arrays on the CPU"):
         gw.double_backward(gw.lstm_forward(**lstm_inputs(pool)))
+
+
+def test_a_tape_without_gates_has_the_same_gradients(pool: Pool) -> None:
+    inputs = lstm_inputs(pool)
+    whole, *others = (gw.lstm_forward(**inputs, save=save) for save in ("all", "states", "checkpoints"))
+    dy = pool.array(np.ones(whole.y.shape, np.float32))
+    expected = gw.lstm_backward(whole, dy)
+    for tape in others:
+        assert tape.nbytes < whole.nbytes
+        for got, want in zip(gw.lstm_backward(tape, dy), expected):
+            np.testing.assert_allclose(got.get(), want.get(), rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_written_where_something_does_not_fit(pool: Pool, built: tuple[Any, Runtime]) -> None:
