@@ -225,8 +225,7 @@ class Tape:
     def _kept(self, array: Array | None, what: str, *saves: str) -> Array:
         """`array`, which a forward pass keeps if its option `save` is one of `saves`."""
         self._need_training()
-        extras = self._inputs[-1]
-        save = (None if extras is None else extras[-1]) or "all"
+        save = _save_of(self._inputs)
         if array is None or save not in saves:
             raise ValueError(f"tape: {what} were not kept: save={save!r}; run the forward pass with save={saves[-1]!r}")
         return array
@@ -362,6 +361,13 @@ def _forward(
     return Tape(cell, name, training, inputs, p, *out[:3], *(out[3:] if training else (None, None)))
 
 
+def _save_of(inputs: tuple[Any, ...]) -> str:
+    """The option `save` of a call's arguments, of which the last are its extras."""
+    extras = inputs[-1]
+    save: str = (None if extras is None else extras[-1]) or "all"
+    return save
+
+
 def _forward_on_device(cell: str, place: Place, inputs: tuple[Any, ...], training: bool) -> Tape:
     """`_forward` on arrays of a CUDA device, on their library's stream."""
     kernels = cuda()
@@ -369,7 +375,7 @@ def _forward_on_device(cell: str, place: Place, inputs: tuple[Any, ...], trainin
     saved_size, states_size, scratch_size, _ = p.sizes
     y, hn = place.empty((*inputs[0].shape[:-1], p.R), p.dtype), place.empty((p.N, p.R), p.dtype)
     cn = place.empty((p.N, p.H), p.dtype) if p.has_c else None
-    saved = place.empty((saved_size,), p.dtype) if training else None
+    saved = place.empty((saved_size,), p.dtype) if training and _save_of(inputs) == "all" else None
     states = place.empty((states_size,), p.dtype) if training and p.has_c else None
     kernels.forward(p, y, hn, cn, saved, states, place.empty((scratch_size,), "uint8"), place.handle)
     return Tape(cell, "cuda", training, inputs, p, y, hn, cn, saved, states, stream=place.stream)
