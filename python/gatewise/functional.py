@@ -288,7 +288,7 @@ def forward(
     Arrays on a CUDA device: where x is an array of CuPy, Numba or PyTorch there, so is every other one but lengths and
     batch_sizes, and the results are that library's. The work is put on the library's current stream, after what the
     arrays' own streams have to do; the host does not wait. So do not change an array on another stream before that.
-    float32 and float64, save="all" only. GATEWISE_CUDA_OPERANDS=tf32 or bf16 lets tensor cores round the operands of
+    float32 and float64. GATEWISE_CUDA_OPERANDS=tf32 or bf16 lets tensor cores round the operands of
     float32 products; of PyTorch's tensors torch.set_float32_matmul_precision says it.
 
     Subnormal numbers count as zero inside the CPU's kernels; the caller's floating-point mode is restored.
