@@ -36,7 +36,7 @@ LOOPS = "persistent", "stepwise"
 OPERANDS = "exact", "tf32", "bf16"
 WINDOW, ROUNDS = 0.02, 9  # seconds of steps between two events; windows of each party
 HOST = "lengths", "batch_sizes"  # what a call takes from the CPU
-NOT_THERE = {"stream", "states", "checkpoints"}  # options that the CUDA kernels do not have
+NOT_THERE = {"stream"}  # options that the CUDA kernels do not have
 
 # ---- Arrays on a device --------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ def execution(loop: str = "planned", operands: str = "exact") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if str(error).startswith(("loop: expected one that can be persistent", "save: ")):
+        if str(error).startswith("loop: expected one that can be persistent"):
             raise Refused(str(error)) from None
         raise
     finally:
@@ -302,6 +302,13 @@ class CuDNN(peers.Torch):
             yield
 
 
+class InTorch(CuDNN, peers.OursInTorch):
+    """gatewise.torch's layer in the place of torch.nn's."""
+
+    name = "gatewise.torch"
+    options = peers.OursInTorch.options - NOT_THERE - {"reset", "reset0"}
+
+
 class CuBLAS(peers.NumPy):
     """The plain loop of the NumPy peer on CuPy's arrays: products by cuBLAS, a kernel for every other operation."""
 
@@ -323,14 +330,18 @@ class CuBLAS(peers.NumPy):
 
 
 def field(problem: Problem, inputs: Inputs, library: Library, operands: str) -> dict[str, peers.Party]:
-    """Who takes part in a race, ours first: as planned, and, where products are exact, both loops and both peers."""
+    """Who takes part in a race, ours first: as planned, and, where products are exact, both loops, gatewise.torch, and
+    a loop of CuPy's."""
     parties: dict[str, peers.Party] = {"ours": Ours(problem, inputs, library, "planned", operands)}
-    if operands == "exact":
+    exact, torch = operands == "exact", Torch.missing() is None
+    if exact:
         parties |= {f"ours, {loop}": Ours(problem, inputs, library, loop) for loop in LOOPS}
-    if CuDNN.refuses(problem) is None and Torch.missing() is None and operands != "bf16":
-        parties["torch"] = CuDNN(problem, inputs, operands)
-    if CuBLAS.refuses(problem) is None and isinstance(library, CuPy) and operands == "exact":
-        parties["cupy"] = CuBLAS(problem, inputs, library)
+    if exact and torch and InTorch.refuses(problem) is None:
+        parties[InTorch.name] = InTorch(problem, inputs)
+    if operands != "bf16" and torch and CuDNN.refuses(problem) is None:
+        parties[CuDNN.name] = CuDNN(problem, inputs, operands)
+    if exact and isinstance(library, CuPy) and CuBLAS.refuses(problem) is None:
+        parties[CuBLAS.name] = CuBLAS(problem, inputs, library)
     return parties
 
 
