@@ -199,13 +199,14 @@ void copy(const DeviceProblem& p, py::handle numbers, py::handle host, std::uint
   GATEWISE_CUDA_CHECK(cudaStreamSynchronize(on.stream));
 }
 
-// Elements of `saved` and `states` for a row, which is a step of a sequence: a tape is that times its rows
-py::tuple row_sizes(py::handle cell, bool is_double, Index H, Index R) {
+// Elements of `saved` and `states` for one sequence of T steps
+py::tuple sequence_sizes(py::handle cell, bool is_double, Index T, Index H, Index R, py::handle save) {
   const cuda::Kernels& kernels = find_cell(cuda::kernels().begin, cuda::kernels().end, cell);
   const auto ask = [&](auto zero, const auto& functions) {
     Problem<decltype(zero)> one{};
-    one.dims = {1, 1, 1, H, R};
+    one.dims = {T, 1, 1, H, R};
     if (R != H) one.weights.w_hr = &zero;
+    one.save = save_of(save), one.checkpoint = checkpoint_of(one.save, T);
     const Sizes sizes = functions.sizes(one, cuda::Execution{});
     return py::make_tuple(sizes.saved, sizes.states);
   };
@@ -223,7 +224,8 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     return py::make_tuple(found.unavailable.empty() ? py::none() : py::object(py::str(found.unavailable)), found.names);
   });
 
-  m.def("row_sizes", &row_sizes, py::arg("cell"), py::arg("float64"), py::arg("H"), py::arg("R"));
+  m.def("sequence_sizes", &sequence_sizes, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("H"),
+        py::arg("R"), py::arg("save"));
 
   py::class_<DeviceProblem> problem(m, "Problem", py::module_local());
   describe_problem(problem);

@@ -132,6 +132,12 @@ inline int one_of(py::handle word, const char* name, std::initializer_list<const
   fail(name, "one of " + list, py::repr(word));
 }
 
+inline Save save_of(py::handle word) { return Save(one_of(word, "save", {"all", "states", "checkpoints"})); }
+// Steps from one checkpoint to the next; 0: there are none
+inline Index checkpoint_of(Save save, Index T) {
+  return save == Save::checkpoints ? std::max<Index>(1, Index(std::ceil(std::sqrt(double(T))))) : 0;
+}
+
 inline std::uint64_t whole_seed(py::handle seed) {
   const py::object index =
       PyBool_Check(seed.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(seed.ptr()));
@@ -360,9 +366,7 @@ template <class Memory> class LayerInputs {
       cell_clip_ = real_number(more.cell_clip, "cell_clip", "a number above 0", 0,
                                std::numeric_limits<double>::infinity(), false);
     }
-    const int save = one_of(more.save, "save", {"all", "states", "checkpoints"});
-    save_ = Save(save);
-    checkpoint_ = save == 2 ? std::max<Index>(1, Index(std::ceil(std::sqrt(double(dims.T))))) : 0;
+    save_ = save_of(more.save), checkpoint_ = checkpoint_of(save_, dims.T);
   }
 };
 

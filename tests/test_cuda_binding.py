@@ -528,19 +528,24 @@ def test_torch_modules(pool: Pool, monkeypatch: pytest.MonkeyPatch, exchange: bo
 def test_tapes_of_ops_have_sizes_from_shapes_alone(pool: Pool, built: tuple[Any, Runtime], cell: str) -> None:
     """Those of the compiler's fake CUDA tensors: what the kernels ask for, without a device."""
     module = built[0]
-    for options in ("train", "project") if problems.fits(cell, ["project"]) else ("train",):
-        inputs = problems.draw(Problem.parse(f"{cell}:T4,N3,I5,H9:f32:{options}"))
+    for options in ("train", "states", "checkpoints", "project"):
+        if not problems.fits(cell, [options]):
+            continue
+        save = options if options in ("states", "checkpoints") else "all"
+        inputs = problems.draw(Problem.parse(f"{cell}:T5,N3,I5,H9:f32:{options}"))
         given = placed(pool, inputs)
-        extras = functional._extras({"w_unit": given.w_unit, "w_hr": given.w_hr})
+        extras = functional._extras({"w_unit": given.w_unit, "w_hr": given.w_hr, "save": save})
         p = module.Problem(cell, *given[:7], None, False, extras, None, 0)
         with FakeTensorMode():
             tensors = dict.fromkeys(gw.torch._TENSORS)
             for name in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_unit", "w_hr"):
                 array = getattr(inputs, name)
                 tensors[name] = None if array is None else torch.empty(array.shape, device="cuda")
-            y, hn, cn, saved, states = torch.ops.gatewise.forward(*tensors.values(), *gw.torch._Options(cell), True)
+            y, hn, cn, saved, states = torch.ops.gatewise.forward(
+                *tensors.values(), *gw.torch._Options(cell, save=save), True
+            )
             assert all(out.device.type == "cuda" for out in (y, hn, cn, saved, states))
-            assert (y.shape, hn.shape) == ((4, 3, p.R), (3, p.R)) and cn.numel() == (27 if p.has_c else 0)
+            assert (y.shape, hn.shape) == ((5, 3, p.R), (3, p.R)) and cn.numel() == (27 if p.has_c else 0)
             assert (saved.numel(), states.numel()) == p.sizes[:2]
 
 

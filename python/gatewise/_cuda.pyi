@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 
 # Why no kernel can run here, or None; and the devices there are: "NVIDIA H100 (sm_90), driver 13.0"
 def devices() -> tuple[str | None, list[str]]: ...
-def row_sizes(cell: str, float64: bool, H: int, R: int) -> tuple[int, int]: ...  # of saved and states, for each row
+
+# Elements of saved and states for one sequence of T steps
+def sequence_sizes(cell: str, float64: bool, T: int, H: int, R: int, save: str) -> tuple[int, int]: ...
 
 class Problem:
     def __init__(

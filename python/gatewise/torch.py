@@ -209,6 +209,9 @@ def _backward(
 @lru_cache(maxsize=256)
 def _row_sizes(cell: str, float64: bool, T: int, H: int, R: int, save: str, arch: str) -> tuple[int, int]:
     """Elements of `saved` and `states` for one sequence of T steps, asked of the kernels."""
+    if arch == "cuda":
+        sizes: tuple[int, int] = cuda().sequence_sizes(cell, float64, T, H, R, save)
+        return sizes
     traits = _core.cells[cell]
     dtype = np.float64 if float64 else np.float32
     rows = traits["G"] * H
@@ -230,13 +233,12 @@ def _tape_sizes(tensors: Sequence[Maybe], options: _Options, N: Any) -> tuple[An
         T, rows = x.shape[int(options.batch_first)], x.shape[0] * x.shape[1]
     else:
         T, rows = batch_sizes.shape[0], x.shape[0]
-    how = options.cell, x.dtype == torch.float64
-    if x.is_cuda:
-        saved, states = cuda().row_sizes(*how, H, R)
-        return saved * rows, states * rows
+    how, arch = (options.cell, x.dtype == torch.float64), "cuda" if x.is_cuda else _core.choose_arch()
     if options.save == "checkpoints":  # every few steps, by T: a compiled call is one of this T
-        return 0, _row_sizes(*how, int(T), H, R, options.save, _core.choose_arch())[1] * N
-    saved, states = _row_sizes(*how, 1, H, R, options.save, _core.choose_arch())
+        return 0, _row_sizes(*how, int(T), H, R, options.save, arch)[1] * N
+    saved, states = _row_sizes(*how, 1, H, R, options.save, arch)
+    if x.is_cuda:
+        return saved * rows, states * rows
     return saved * rows, states // 2 * (rows + N)  # a state before the first step, and one after each
 
 
