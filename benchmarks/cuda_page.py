@@ -53,7 +53,7 @@ def registers(rows: list[Row]) -> Iterator[str]:
     for family in families:
         mine = [row for row in rows if (base(row), row["dtype"]) == family]
         each = [across(row["registers"] for row in mine if row["target"] == target) for target in targets]
-        lines.append([f"`{family[0]}`", family[1], len(mine) // len(targets), *each])
+        lines.append([f"`{family[0]}`", family[1] or "–", len(mine) // len(targets), *each])
     yield from table(["kernel", "dtype", "variants", *targets], lines)
 
 

@@ -46,7 +46,7 @@ def test_every_kernel_on_every_target_keeps_its_registers() -> None:
     for dtype in ("f32", "f64"):
         with_cell = {row["cell"] for row in TABLE if row["dtype"] == dtype}
         assert with_cell - {""} == set(gw.cells())
-    assert all(row["dtype"] for row in TABLE)
+    assert all(row["dtype"] for row in TABLE if row["cell"])  # what orders rows has neither
 
 
 def test_every_launch_has_a_block_on_every_card() -> None:
