@@ -267,6 +267,7 @@ def write(folder: Path, rows: list[dict[str, Any]], curves: dict[str, dict[str, 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "demo_loop.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
