@@ -54,10 +54,14 @@ struct DlTensor {
     return true;
   }
 
-  // The format of an element as the buffer protocol writes it, '\0' if it is none of ours
+  // The format of an element as NumPy writes it, bfloat16 as ml_dtypes does, '\0' if it is none of ours
   char format() const {
     if (lanes != 1) return '\0';
     switch (code * 256 + bits) {
+      case 0x210:
+        return 'e';
+      case 0x410:
+        return 'E';
       case 0x220:
         return 'f';
       case 0x240:

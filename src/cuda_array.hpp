@@ -112,13 +112,15 @@ class Device {
     return Array(tensor, py::reinterpret_borrow<py::object>(object), !py::cast<bool>(data[1]));
   }
 
-  // "<f4" and the like; what is no number in the machine's byte order stays of no format of ours
+  // "<f4" and the like, and "<V2", as PyTorch and ml_dtypes write bfloat16; what is no number in the machine's byte
+  // order stays of no format of ours
   static void read_type(const std::string& typestr, DlTensor& tensor) {
     const std::size_t kind = typestr.size() < 3 ? std::string::npos : std::string("iufVcb").find(typestr[1]);
     if (kind == std::string::npos) return;
     constexpr std::uint8_t codes[] = {0, 1, 2, 3, 5, 6};
     tensor.code = codes[kind];
     tensor.bits = std::uint8_t(8 * std::min(std::atoi(typestr.c_str() + 2), 16));
+    if (typestr[1] == 'V' && tensor.bits == 16) tensor.code = 4;
     if (typestr[0] == '>') tensor.lanes = 0;
   }
 

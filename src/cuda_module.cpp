@@ -78,16 +78,20 @@ class Current {
   int device_, before_ = 0;
 };
 
+void require_devices() {
+  static const bool ready = [] {
+    const std::string reason = find_devices().unavailable;
+    if (!reason.empty()) throw std::runtime_error("cuda: " + reason);
+    return true;
+  }();
+  (void)ready;
+}
+
 struct OnDevice {
   const cuda::Kernels& kernels;
 
   explicit OnDevice(py::handle cell) : kernels(find_cell(cuda::kernels().begin, cuda::kernels().end, cell)) {
-    static const bool ready = [] {
-      const std::string reason = find_devices().unavailable;
-      if (!reason.empty()) throw std::runtime_error("cuda: " + reason);
-      return true;
-    }();
-    (void)ready;
+    require_devices();
   }
 };
 
@@ -213,6 +217,29 @@ py::tuple sequence_sizes(py::handle cell, bool is_double, Index T, Index H, Inde
   return is_double ? ask(double(), kernels.f64) : ask(float(), kernels.f32);
 }
 
+// 16-bit numbers as float32, or float32 rounded to 16 bits; errors call `from` by the name of its argument.
+void convert(const std::string& name, py::handle from, py::handle to, std::uintptr_t number) {
+  require_devices();
+  Device memory;
+  const Axes any{{"...", -1}};
+  const Array given = memory.open(from, name.c_str(), {"float16, bfloat16 or float32", any, false});
+  const bool widens = !given.is("f");
+  const Array made = memory.open(to, "to", {widens ? "float32" : "float16 or bfloat16", any, true});
+  const Array &halves = widens ? given : made, &floats = widens ? made : given;
+  if (!halves.is("eE")) fail(widens ? name.c_str() : "to", "float16 or bfloat16", describe(widens ? from : to, halves));
+  if (!floats.is("f") || floats.count() != halves.count())
+    fail("to", "as many numbers of the other width as " + describe(from, given), describe(to, made));
+  const Index n = halves.count();
+  if (n == 0) return;
+  const Current current(memory.number());
+  const cudaStream_t stream = stream_of(number);
+  memory.make_wait(stream);
+  const auto storage = halves.is("e") ? cuda::Storage::float16 : cuda::Storage::bfloat16;
+  const py::gil_scoped_release others_may_run;
+  if (widens) cuda::widen(storage, halves.data<void>(), n, floats.data<float>(), stream);
+  else cuda::narrow(storage, floats.data<float>(), n, halves.data<void>(), stream);
+}
+
 }  // namespace
 }  // namespace gatewise::binding
 
@@ -265,6 +292,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
       py::arg("problem"), py::arg("y"), py::arg("saved"), py::arg("states"), py::arg("dy"), py::arg("dhn"),
       py::arg("dcn"), py::arg("gradients"), py::arg("scratch"), py::arg("stream"), py::arg("fresh") = false,
       py::arg("tensors") = py::none());
+  m.def("convert", convert, py::arg("name"), py::arg("numbers"), py::arg("to"), py::arg("stream"));
   const auto copies = [&](const char* name, bool to_host, const char* first, const char* second) {
     m.def(
         name,

@@ -27,6 +27,7 @@ from cuda_host import build
 from gatewise import device, functional
 from problems import Problem
 
+ml_dtypes = pytest.importorskip("ml_dtypes")
 pybind11 = pytest.importorskip("pybind11")
 torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -216,6 +217,32 @@ def test_the_loop_that_the_environment_names(pool: Pool, monkeypatch: pytest.Mon
             problems.run(problem, placed(pool, problems.draw(problem)), None)
 
 
+STORAGE = {"float16": (np.float16, 2.0**-10), "bfloat16": (ml_dtypes.bfloat16, 2.0**-7)}
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru", "indrnn_relu"])
+def test_16_bit_arrays(pool: Pool, cell: str, storage: str) -> None:
+    """They are what the CPU makes of the same arrays: its float32 results to rounding, rounded to 16 bits, which may
+    then differ by one place. Everything the caller gets has the dtype that it has there."""
+    dtype, place = STORAGE[storage]
+    problem = Problem.parse(f"{cell}:T4,N3,I5,H9:f32:lengths,h0")
+    inputs = problems.draw(problem)
+    inputs = inputs._replace(**{
+        name: value.astype(dtype) for name, value in inputs._asdict().items()
+        if isinstance(value, np.ndarray) and value.dtype == np.float32 and name not in ("b_ih", "dcn")
+    })  # fmt: skip
+    expected = problems.run(problem, inputs, "cpu")
+    results = problems.run(problem, placed(pool, inputs), None)
+    assert results.keys() == expected.keys()
+    for name, exact in expected.items():
+        got = results[name].get()
+        assert got.dtype == exact.dtype and got.shape == exact.shape, name
+        got, exact = got.astype(np.float32), exact.astype(np.float32)
+        bound = (place if expected[name].dtype == dtype else 2.0**-18) * np.abs(exact) + 2.0**-20
+        assert (np.abs(got - exact) <= bound).all(), name
+
+
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +269,12 @@ ON_CPU = np.ones((36, 9), np.float32)
 BAD = {
     "dtype": ("w_ih", lambda a: a.pool.array(np.ones(a.shape)), "float32 .4.H, I. = .36, 5.*; got float64 .36, 5."),
     "integers": ("x", lambda a: a.pool.array(np.ones(a.shape, np.int32)), "float32 or float64 .*; got int32"),
-    "half": ("x", lambda a: a.pool.array(np.ones(a.shape, np.float16)), "float32 or float64 .*; got float16"),
+    "half": ("w_hh", lambda a: a.pool.array(np.ones(a.shape, np.float16)), "float32 .*; got float16"),  # x is float32
+    "half columns": (
+        "x",
+        lambda a: a.pool.array(np.ones(a.shape, np.float16)).but(strides=(2, 8, 24)),
+        "float16, bfloat16 or float32 .*; got float16 .*not C-contiguous",
+    ),
     "complex": ("x", lambda a: a.pool.array(np.ones(a.shape, np.complex64)), "float32 or float64 .*; got complex64"),
     "byte order": ("w_hh", lambda a: a.pool.array(np.ones(a.shape, ">f4")), "float32 .*; got >f4"),
     "shape": ("b_ih", lambda a: a.pool.array(np.ones(35, np.float32)), r"float32 \(4.H,\) = \(36,\).*; got .*\(35,\)"),

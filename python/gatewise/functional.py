@@ -8,7 +8,7 @@ projection), G gates of the cell (lstm i f g o · gru r z n · rnn h), U blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
@@ -281,7 +281,7 @@ def forward(
         training: keep what `backward` needs.
         options: see `Options`.
 
-    16-bit arrays: if x is float16, or bfloat16 as `ml_dtypes` defines it, each other array may be of x's dtype or
+    16-bit arrays: if x is float16, or bfloat16 as `ml_dtypes` or PyTorch defines it, each other array may be of x's dtype or
     float32. The arithmetic is float32's, on widened copies; y, hn and cn are rounded to x's dtype, every gradient to
     the dtype of what it belongs to.
 
@@ -339,11 +339,13 @@ def _forward(
     if place is not None:
         check_is_cuda(backend)
         choose_num_threads(num_threads)  # no use for it there, but it must be one
-        inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
-        return _forward_on_device(cell, place, inputs, training)
-    if getattr(x, "itemsize", 0) == 2 and _is_half(x):
+    may_be_half = place is not None or (isinstance(x, np.ndarray) and x.itemsize == 2)
+    if may_be_half and _dtype_name(x) in _HALVES:
         half = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
         return _forward_16_bit(cell, half, backend=backend, num_threads=num_threads, training=training)
+    if place is not None:
+        inputs = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
+        return _forward_on_device(cell, place, inputs, training)
     name = choose(backend)
     if name == "cpu":
         run = _core.run_forward(
@@ -401,33 +403,53 @@ def _backward_on_device(tape: Tape, incoming: tuple[Any, ...], names: frozenset[
     return grads
 
 
-def _is_half(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and (x.dtype == np.float16 or x.dtype.name == "bfloat16")
+_HALVES = ("float16", "bfloat16")
+
+
+def _dtype_name(array: Any) -> str:
+    """Of an array of any library, as NumPy has it; PyTorch writes torch.float16."""
+    return str(getattr(array, "dtype", "")).rpartition(".")[2]
 
 
 def _forward_16_bit(cell: str, inputs: tuple[Any, ...], *, training: bool, **how: Any) -> Tape:
     """`_forward` on float32 copies of the arrays that have x's dtype, its outputs rounded to that."""
     dtype = inputs[0].dtype
-    given = {name: _widened(value, dtype) for name, value in zip(_INPUTS, inputs)}
+    given = {name: _widened(value, dtype, name) for name, value in zip(_INPUTS, inputs)}
     if given["extras"] is not None:
-        given["extras"] = tuple(_widened(value, dtype) for value in given["extras"])
+        given["extras"] = tuple(_widened(value, dtype, name) for name, value in zip(_EXTRAS, given["extras"]))
     tape = _forward(cell, **given, training=training, **how)
     y, hn, cn = (_rounded(a, dtype) for a in (tape.y, tape.hn, tape.cn))
     assert y is not None and hn is not None
-    return Tape(cell, tape.backend, training, inputs, tape._problem, y, hn, cn, tape._saved, tape._states, tape)
+    return Tape(
+        cell, tape.backend, training, inputs, tape._problem, y, hn, cn, tape._saved, tape._states, tape, tape._stream
+    )
 
 
-def _widened(value: Any, dtype: Any) -> Any:
-    """An array of that dtype in float32, anything else as it is."""
-    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == dtype else value
+def _widened(value: Any, dtype: Any, name: str) -> Any:
+    """An array of that dtype in float32, anything else as it is. name: the argument's."""
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float32) if value.dtype == dtype else value
+    return _converted(value, "float32", name) if getattr(value, "dtype", None) == dtype else value
 
 
 def _rounded(array: Array | None, dtype: Any) -> Array | None:
     """`array` in `dtype`; what exceeds its range becomes infinite without a word, as it does on any processor."""
-    if array is None:
-        return None
+    if array is None or array.dtype == dtype:
+        return array
+    if not isinstance(array, np.ndarray):
+        return _converted(array, str(dtype).rpartition(".")[2], "numbers")
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)
+
+
+def _converted(array: Any, dtype: str, name: str) -> Any:
+    """An array of a CUDA device made float32, or float32 made 16-bit numbers."""
+    place = place_of(array)
+    if place is None:
+        return array  # the call itself says what is wrong with it
+    converted = place.empty(tuple(array.shape), dtype)
+    cuda().convert(name, array, converted, place.handle)
+    return converted
 
 
 def backward(
@@ -469,7 +491,7 @@ def _backward(
     if not tape._training:
         tape._need_training()
     if tape._wide is not None:
-        dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
+        dy, dhn, dcn = _incoming_widened(tape, dy, dhn, dcn)
         return Gradients(**_rounded_like_inputs(tape, _backward(tape._wide, dy, dhn, dcn, wanted, num_threads, ticks)))
     p = tape._problem
     names = None if wanted is None else _wanted(wanted, p.has_c)
@@ -487,11 +509,15 @@ def _backward(
     return Gradients(**{name: grads[name] for name in grads if names is None or name in names})
 
 
+def _incoming_widened(tape: Tape, *gradients: Array | None) -> Iterator[Array | None]:
+    return (_widened(a, tape.y.dtype, name) for a, name in zip(gradients, ("dy", "dhn", "dcn")))
+
+
 def _rounded_like_inputs(tape: Tape, grads: Any) -> dict[str, Array | None]:
     """`grads`, each in the dtype of the array it belongs to, or in that of y where none was given."""
     given = dict(zip(_INPUTS, tape._inputs))
     given.update(zip(_EXTRAS, given["extras"] or ()))
-    dtypes = {"d" + name: value.dtype for name, value in given.items() if isinstance(value, np.ndarray)}
+    dtypes = {"d" + name: value.dtype for name, value in given.items() if hasattr(value, "dtype")}
     return {name: _rounded(grad, dtypes.get(name, tape.y.dtype)) for name, grad in grads._asdict().items()}
 
 
@@ -551,8 +577,8 @@ def _double_backward(
     if not isinstance(tape, Tape):
         raise ValueError(f"tape: expected what a forward pass returned; got {type(tape).__name__}")
     if tape._wide is not None:
-        dy, dhn, dcn = (_widened(a, tape.y.dtype) for a in (dy, dhn, dcn))
-        direction = {name: _widened(a, tape.y.dtype) for name, a in direction.items()}
+        dy, dhn, dcn = _incoming_widened(tape, dy, dhn, dcn)
+        direction = {name: _widened(a, tape.y.dtype, "d" + name) for name, a in direction.items()}
         return SecondGradients(**_rounded_like_inputs(tape, _double_backward(tape._wide, dy, dhn, dcn, direction)))
     if tape.backend == "cuda":
         raise ValueError(
