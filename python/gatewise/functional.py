@@ -281,9 +281,9 @@ def forward(
         training: keep what `backward` needs.
         options: see `Options`.
 
-    16-bit arrays: if x is float16, or bfloat16 as `ml_dtypes` or PyTorch defines it, each other array may be of x's dtype or
-    float32. The arithmetic is float32's, on widened copies; y, hn and cn are rounded to x's dtype, every gradient to
-    the dtype of what it belongs to.
+    16-bit arrays: if x is float16, or bfloat16 as `ml_dtypes` or PyTorch defines it, each other array may be of x's
+    dtype or float32. The arithmetic is float32's, on widened copies; y, hn and cn are rounded to x's dtype, every
+    gradient to the dtype of what it belongs to.
 
     Arrays on a CUDA device: where x is an array of CuPy, Numba or PyTorch there, so is every other one but lengths and
     batch_sizes, and the results are that library's. The work is put on the library's current stream, after what the
