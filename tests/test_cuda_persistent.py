@@ -19,6 +19,7 @@ from problems import Problem
 from test_cuda_host import to_bf16
 from test_cuda_kernels import (
     OPTIONS,
+    PTX_CELLS,
     check,
     check_batch,
     check_later,
@@ -26,6 +27,7 @@ from test_cuda_kernels import (
     check_slope,
     fitting,
     library,
+    ptx_library,
     run,
 )
 
@@ -153,16 +155,14 @@ def test_a_call_leaves_nothing_behind_that_is_read_later(library: ctypes.CDLL, h
 
 
 @pytest.mark.skipif(bool(build.missing("ptx")), reason=str(build.missing("ptx")))
-def test_what_nvcc_makes_of_the_kernels() -> None:
-    """Its PTX of one cell's layer, run in place of the source; every access to memory is checked."""
-    driver = ctypes.CDLL(
-        str(build.build(build.HERE / "layer_driver.cu", mode="ptx", defines=["-DGATEWISE_CELLS=Lstm"]))
-    )
+@pytest.mark.parametrize("cell", [cell for cell in PTX_CELLS if cell in CELLS])
+def test_what_nvcc_makes_of_the_kernels(cell: str) -> None:
+    driver = ptx_library(cell)
     for shape, options, multiprocessors in SOME[:4:2] + SOME[7::5]:
         for dtype in problems.DTYPES:
-            check(driver, fitting("lstm", dtype, shape, options), loop=PERSISTENT, device=card(multiprocessors))
+            check(driver, fitting(cell, dtype, shape, options), loop=PERSISTENT, device=card(multiprocessors))
     for operands in ROUNDED:
-        check_rounded(driver, "lstm", operands, "T4,N3,I7,H17", 3)
+        check_rounded(driver, cell, operands, "T4,N3,I7,H17", 3)
 
 
 def test_what_cannot_be_persistent_is_said(library: ctypes.CDLL) -> None:
