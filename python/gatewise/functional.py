@@ -340,7 +340,7 @@ def _forward(
         check_is_cuda(backend)
         choose_num_threads(num_threads)  # no use for it there, but it must be one
     may_be_half = place is not None or (isinstance(x, np.ndarray) and x.itemsize == 2)
-    if may_be_half and _dtype_name(x) in _HALVES:
+    if may_be_half and _name(x.dtype) in _HALVES:
         half = x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, extras
         return _forward_16_bit(cell, half, backend=backend, num_threads=num_threads, training=training)
     if place is not None:
@@ -406,9 +406,9 @@ def _backward_on_device(tape: Tape, incoming: tuple[Any, ...], names: frozenset[
 _HALVES = ("float16", "bfloat16")
 
 
-def _dtype_name(array: Any) -> str:
-    """Of an array of any library, as NumPy has it; PyTorch writes torch.float16."""
-    return str(getattr(array, "dtype", "")).rpartition(".")[2]
+def _name(dtype: Any) -> str:
+    """Of any library's dtype, as NumPy has it; PyTorch writes torch.float16."""
+    return str(dtype).rpartition(".")[2]
 
 
 def _forward_16_bit(cell: str, inputs: tuple[Any, ...], *, training: bool, **how: Any) -> Tape:
@@ -437,7 +437,7 @@ def _rounded(array: Array | None, dtype: Any) -> Array | None:
     if array is None or array.dtype == dtype:
         return array
     if not isinstance(array, np.ndarray):
-        return _converted(array, str(dtype).rpartition(".")[2], "numbers")
+        return _converted(array, _name(dtype), "numbers")
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)
 
