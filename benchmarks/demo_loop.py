@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 import gatewise as gw
 from gatewise import _core, sepsis, training
-from gatewise.sepsis import features, study
+from gatewise.sepsis import features, models, study
 
 SEED = 0
 SAME_LOSS = 1e-3  # relative; float32 sums of ~100 updates in another order differ by 1e-5 to 1e-4
@@ -207,12 +207,17 @@ def main() -> int:
     else:
         records = timed("simulating", lambda: sepsis.simulate(arguments.patients or 4000, SEED), common)
     split = records.split()
-    built = timed("features", lambda: features.build(records, split[0]), common)
-    train, validation, test = (
-        Patients(built.sequences(part), features.split_rows(records.label, records.offset, part)) for part in split
-    )
-    timed("logistic regression", lambda: study.logistic(records, built, split[0]).score(test.x), common)
-    print(f"{records.length.size:,} patients, {records.label.size:,} hours, {len(built.names)} features; {options}")
+    chosen = [records.select(part) for part in split]
+
+    def prepared() -> list[models.Rows]:
+        preparation = features.fit(chosen[0])
+        return [models.rows(part, preparation, "official") for part in chosen]
+
+    rows_of = timed("features", prepared, common)
+    train, validation, test = (Patients(part.sequences(part.x), part.sequences(part.label)) for part in rows_of)
+    baseline = "logistic regression"
+    timed(baseline, lambda: models.train(baseline, rows_of[0], rows_of[1], SEED).score(rows_of[2]), common)
+    print(f"{records.length.size:,} patients, {records.label.size:,} hours, {train.x[0].shape[1]} features; {options}")
     print(", ".join(f"{what} {seconds:.1f} s" for what, seconds in common.items()) + "\n")
 
     sides: dict[str, Callable[[str], Fit]] = {

@@ -1,11 +1,7 @@
-"""The sepsis study: readers, simulated cohort, features without a look ahead, scores and report.
-
-The real records are read only where they are: in $GATEWISE_DATA, or in shared/data beside the repository.
-"""
+"""The sepsis study: readers, simulated cohort, features, scores and report."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +13,7 @@ pytest.importorskip("matplotlib")
 
 from gatewise import sepsis
 from gatewise.sepsis import cohort, features, records, report, study
-
-HERE = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("GATEWISE_DATA", HERE.parent / "shared/data/sepsis2019"))
-OPTIONS = {"max_epochs": 2, "hidden_size": 8, "batch_size": 32, "learning_rate": 1e-2, "verbose": 0}
-
+from patients import DATA, real
 
 # ---- readers -----------------------------------------------------------------------------------------------
 
@@ -322,6 +314,16 @@ def test_normalisation_knows_the_training_patients_only() -> None:
     assert not np.array_equal(one[~rows], two[~rows])
 
 
+def test_a_preparation_refuses_other_variables() -> None:
+    table = cohort.simulate(100, seed=2)
+    prepare = features.fit(table)
+    without = replace(table, measured=table.measured[:, 1:], variables=table.variables[1:])
+    with pytest.raises(ValueError, match=r"expected the variables of the training patients, \('HR', .*; got \('MAP', "):
+        prepare(without)
+    with pytest.raises(ValueError, match=r"background_names of the training patients, \('Age', .*; got \('Gender',\)"):
+        prepare(replace(table, background=table.background[:, 1:], background_names=("Gender",)))
+
+
 def test_garbage_in_fio2_is_cut_to_what_a_fraction_can_be(tmp_path: Path) -> None:
     tables = made_up(3, 30)
     garbage = [-50.0, 40.0, 4000.0, 0.5, 1.0]
@@ -334,66 +336,6 @@ def test_garbage_in_fio2_is_cut_to_what_a_fraction_can_be(tmp_path: Path) -> Non
     raw = table.measured[:, records.MEASURED.index("FiO2")]
     assert np.unique(column[raw >= 1]).size == 1
     assert column[raw == -50].max() < column[raw == 0.5].min() < column[raw >= 1].min()
-
-
-# ---- no look ahead -----------------------------------------------------------------------------------------
-
-
-def cut(table: records.Records, hours: int) -> records.Records:
-    """Every record ends after so many hours."""
-    keep = np.arange(table.label.size) - table.first_row < hours
-    return replace(
-        table, measured=table.measured[keep], background=table.background[keep], clock=table.clock[keep],
-        label=table.label[keep], length=np.minimum(table.length, hours),
-    )  # fmt: skip
-
-
-def disturb(table: records.Records, hours: int) -> records.Records:
-    """After so many hours every value, and which of them is measured, is another."""
-    random = np.random.default_rng(9)
-    later = np.arange(table.label.size) - table.first_row >= hours
-    measured = table.measured.copy()
-    noise = random.normal(0, 300, (later.sum(), measured.shape[1])).astype(np.float32)
-    measured[later] = np.where(random.random(noise.shape) < 0.5, noise, np.nan)
-    return replace(table, measured=measured, label=np.where(later, 1 - table.label, table.label))
-
-
-def test_neither_features_nor_predictions_know_the_future() -> None:
-    """Cut the test records, then disturb their later hours: the hours before stay, to the last bit.
-
-    The training patients are left alone, so that normalisation and weights are the same.
-    """
-    table = cohort.simulate(400, seed=7)
-    train, validation, test = table.split()
-    built = features.build(table, train)
-    models = [study.logistic(table, built, train)]
-    models += [
-        study.recurrent(name, table, built, train, validation, cell=cell, random_state=0, **OPTIONS)
-        for name, cell in study.CELLS.items()
-    ]
-    normalised_alike = table.select(train)
-    sequences = built.sequences(test)
-    for hours in (1, 5, 20):
-        first = np.concatenate([np.arange(len(one)) < hours for one in sequences])
-        for change in (cut, disturb):
-            changed = join(normalised_alike, change(table.select(test), hours))
-            others = np.arange(changed.length.size) >= train.sum()
-            later = features.build(changed, ~others).sequences(others)
-            kept = np.concatenate([np.arange(len(one)) < hours for one in later])
-            for one, other in zip(sequences, later):
-                assert one[:hours].tobytes() == other[:hours].tobytes()
-            for model in models:
-                before, after = model.score(sequences)[first], model.score(later)[kept]
-                assert before.tobytes() == after.tobytes(), (model.name, change.__name__, hours)
-
-
-def join(one: records.Records, other: records.Records) -> records.Records:
-    arrays = ("measured", "background", "clock", "label", "length", "patient", "group", "fold")
-    return replace(
-        one,
-        risk=None,
-        **{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in arrays},
-    )
 
 
 # ---- study and report --------------------------------------------------------------------------------------
@@ -468,8 +410,6 @@ def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> Non
 
 # ---- the real records --------------------------------------------------------------------------------------
 
-real = pytest.mark.skipif(not list(DATA.glob("*.npz")), reason=f"no records in {DATA} (set GATEWISE_DATA)")
-
 
 @pytest.fixture(scope="module")
 def everybody() -> records.Records:
@@ -484,15 +424,3 @@ def test_the_real_records_are_those_published(everybody: records.Records) -> Non
     assert (a.patient[0], b.patient[0], a.length.min(), a.length.max()) == ("p000001", "p100001", 8, 336)
     missing = np.isnan(a.measured).mean(axis=0)
     assert missing[records.MEASURED.index("Lactate")] == pytest.approx(0.966, abs=5e-4)
-
-
-@real
-def test_logistic_regression_on_a_fifth_of_the_real_records(everybody: records.Records) -> None:
-    """Between .70 and .80; what knows the length of a record gets past .9."""
-    some = everybody.select(np.isin(everybody.fold, [0, 4, 6, 7]))
-    train, _, test = some.split()
-    built = features.build(some, train)
-    assert np.isfinite(built.matrix).all() and built.names[:34] == records.MEASURED
-    score = study.logistic(some, built, train).score(built.sequences(test))
-    auroc, _ = study.areas(some.label[some.rows_of(test)], score)
-    assert 0.70 < auroc < 0.80

@@ -77,7 +77,7 @@ def demo(
     )
     said = {"max_epochs": epochs, "hidden_size": hidden_size}
     options = (SIMULATED if data is None else REAL) | {k: v for k, v in said.items() if v is not None}
-    study = studies.run(records, random_state=seed, **options)
+    study = studies.run(records, seed=seed, **options)
     print(f"\n{study.test.length.size:,} test patients, {study.test.label.size:,} hours\n")
     print(format_table(study.table()))
     if report is not None:

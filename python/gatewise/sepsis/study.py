@@ -6,14 +6,14 @@ scored once, all their rows pooled.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .features import Features, build, split_rows
+from . import features, models
+from .models import Model
 from .records import Records
 
 if TYPE_CHECKING:
@@ -21,22 +21,8 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float64]
 
-# Sequences, float32 [T_i, F] each -> probability of label 1, float64 [all their rows].
-Score = Callable[[list[Any]], "Scores"]
-
 CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}
 BEST = "best possible"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model: its score for a list of patients' features, and what it cost."""
-
-    name: str
-    score: Score
-    seconds: float
-    parameters: int
-    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,76 +76,26 @@ def parts(records: Records) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArr
     return split
 
 
-def run(records: Records, say: Callable[[str], None] = print, **options: Any) -> Study:
+def run(records: Records, say: Callable[[str], None] = print, seed: int = 0, **options: Any) -> Study:
     """Trains the models and scores them on the test patients; `say` gets a line as each is done.
 
-    `options` are those of `gatewise.SequenceClassifier`, the same for all cells.
+    `seed` is that of every model; `options` are those of `gatewise.SequenceClassifier`, the same for all cells.
 
     Raises:
         ValueError: a part of the split has hours of one kind of label only.
         ImportError: scikit-learn is missing.
     """
-    train, validation, test = parts(records)
-    features = build(records, train)
-    say(f"{len(features.names)} features an hour; training on {int(train.sum())} patients")
-    sequences = features.sequences(test)
-    study = Study(records.select(test), {}, [])
-    if study.test.risk is not None:
-        study.scores[BEST] = study.test.risk
-
-    def add(model: Model) -> None:
+    training, validation, test = (records.select(part) for part in parts(records))
+    preparation = features.fit(training)
+    say(f"{len(preparation.names)} features an hour; training on {training.length.size} patients")
+    train, validate, unseen = (models.rows(part, preparation, "official") for part in (training, validation, test))
+    study = Study(test, {}, [])
+    if test.risk is not None:
+        study.scores[BEST] = test.risk
+    for name in ("logistic regression", *CELLS):
+        model = models.train(name, train, validate, seed, **(options if name in CELLS else {}))
         study.models.append(model)
-        score = study.scores[model.name] = model.score(sequences)
-        auroc, auprc = areas(study.test.label, score)
-        say(f"{model.name}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, trained in {model.seconds:.1f} s")
-
-    add(logistic(records, features, train))
-    for name, cell in CELLS.items():
-        add(recurrent(name, records, features, train, validation, cell=cell, **options))
+        score = study.scores[name] = model.score(unseen)
+        auroc, auprc = areas(test.label, score)
+        say(f"{name}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, trained in {model.seconds:.1f} s")
     return study
-
-
-def logistic(records: Records, features: Features, train: NDArray[np.bool_]) -> Model:
-    """Logistic regression of the label on the features of the hour, standardised by the training rows."""
-    from sklearn.linear_model import LogisticRegression
-
-    start = time.perf_counter()
-    rows = records.rows_of(train)
-    x = features.matrix[rows]
-    scale = np.maximum(x.std(axis=0), 1e-6)  # a feature that never varies stays at 0 or 1
-    x /= scale
-    model = LogisticRegression(tol=1e-5, max_iter=500).fit(x, records.label[rows])
-    seconds = time.perf_counter() - start
-    weight, bias = (model.coef_[0] / scale).astype(np.float64), float(model.intercept_[0])
-
-    def score(sequences: list[Any]) -> Scores:
-        # Row by row the same sum in the same order, however many rows there are: BLAS does not promise that.
-        logit = np.concatenate([np.einsum("tf,f->t", x.astype(np.float64), weight) for x in sequences]) + bias
-        return 1 / (1 + np.exp(-logit))
-
-    return Model("logistic regression", score, seconds, model.coef_.size + 1, [])
-
-
-def recurrent(
-    name: str,
-    records: Records,
-    features: Features,
-    train: NDArray[np.bool_],
-    validation: NDArray[np.bool_],
-    **options: Any,
-) -> Model:
-    """A recurrent network with one output an hour; `options` are those of `gatewise.SequenceClassifier`."""
-    from gatewise import SequenceClassifier
-
-    def part(patients: NDArray[np.bool_]) -> tuple[list[Any], list[Any]]:
-        return features.sequences(patients), split_rows(records.label, records.offset, patients)
-
-    start = time.perf_counter()
-    network = SequenceClassifier(**options).fit(*part(train), validation_data=part(validation))
-    seconds = time.perf_counter() - start
-
-    def score(sequences: list[Any]) -> Scores:
-        return np.concatenate([p[:, 1] for p in network.predict_proba(sequences)]).astype(np.float64)
-
-    parameters = sum(weight.size for weight in network.network_.parameters.values())
-    return Model(name, score, seconds, parameters, network.history_)
