@@ -1,18 +1,28 @@
-"""The study: logistic regression, RNN, GRU and LSTM on the same rows and features, scored on unseen patients.
+"""The study: every model on every task, on the same rows, with seeds repeated and intervals over patients.
 
-Everything a model learns from is a training patient; validation patients choose the epoch; test patients are
-scored once, all their rows pooled.
+Everything a model learns from is a training patient; validation patients choose its epoch and its threshold; test
+patients are scored once. What a model scored is kept on disk, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import features, models
+from .. import __version__
+from ..layers import write_whole
+from . import metrics, models, tasks
+from .features import fit
+from .metrics import areas
 from .models import Model
 from .records import Records
 
@@ -21,8 +31,249 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float64]
 
+__all__ = ["BEST", "Outcome", "Run", "Store", "areas", "parts", "run", "run_task", "subgroups", "table", "utility"]
+
 CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}
 BEST = "best possible"
+BASELINE = "logistic regression"  # the differences in the tables are to this one
+
+
+class Store:
+    """Results by name in a folder: what is there is read, what is not is computed and kept, each file whole or not
+    at all. `digest`: of whatever decides the results besides their names; results of another are computed again.
+    """
+
+    def __init__(self, folder: Path | None, digest: str = "") -> None:
+        self.folder, self.digest = folder, digest
+
+    def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The arrays and plain values of this name; what `compute` returns, if there is nothing yet."""
+        path = None if self.folder is None else self.folder / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.npz"
+        if path is not None and (kept := self._read(path)) is not None:
+            return kept
+        values = compute()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, _packed(values, self.digest))
+        return values
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                plain = json.loads(str(archive["plain"]))
+                if plain.pop("digest") != self.digest:
+                    return None
+                return {**plain, **{name: archive[name] for name in archive.files if name != "plain"}}
+        except (OSError, ValueError, KeyError, EOFError):  # not there, or not one of ours: it is computed again
+            return None
+
+
+def _packed(values: dict[str, Any], digest: str) -> bytes:
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in values.items() if name not in arrays}
+    file = io.BytesIO()
+    arrays["plain"] = np.array(json.dumps({**plain, "digest": digest}))
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes any keyword for allow_pickle
+    return file.getvalue()
+
+
+def digest_of(records: Records, *settings: Any) -> str:
+    """A digest of the records, the settings and this version of gatewise."""
+    hashed = hashlib.sha256(repr((__version__, records.variables, settings)).encode())
+    for array in (records.measured, records.background, records.label, records.length, records.fold):
+        hashed.update(np.ascontiguousarray(array).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+# ---- one model, one task -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model trained once: probabilities for the test and the validation patients' hours, float64; what it cost."""
+
+    seed: int
+    test: Scores
+    validation: Scores
+    seconds: float
+    parameters: int
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the models scored on one task: the runs of each, by name; `test` and `validation` are the patients' records.
+
+    `trained_on`: the groups (hospitals) whose training and validation patients were used; None: all.
+    """
+
+    task: str
+    trained_on: str | None
+    test: Records
+    validation: Records
+    runs: dict[str, list[Run]]
+
+    def scores(self) -> dict[str, Scores]:
+        """A model's probabilities on the test hours: the mean over its seeds; the best possible ones, where known."""
+        mean = {name: np.mean([run.test for run in runs], axis=0) for name, runs in self.runs.items()}
+        known = {} if self.test.risk is None or self.task != "official" else {BEST: self.test.risk}
+        return {**known, **mean}
+
+
+def run_task(
+    store: Store,
+    records: Records,
+    task: str,
+    names: Iterable[str],
+    *,
+    seeds: int = 1,
+    trained_on: str | None = None,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> Outcome:
+    """Trains the models on a task, recurrent ones once for every seed, and scores them on the test patients.
+
+    `options` are those of `gatewise.SequenceClassifier`, the same for all cells.
+
+    Raises:
+        ValueError: a part of the split has rows of one kind of label only.
+        ImportError: an extra is missing.
+    """
+    split = parts(records, task, trained_on)
+    prepared: list[models.Rows] = []  # made when a model has to be trained, not when all are read from the store
+
+    def rows() -> list[models.Rows]:
+        if not prepared:
+            preparation = fit(records.select(split[0]))
+            prepared.extend(models.rows(records.select(part), preparation, task) for part in split)
+        return prepared
+
+    def trained(name: str, seed: int) -> dict[str, Any]:
+        training, validation, test = rows()
+        recurrent = models.MODELS[name].kind == "recurrent"
+        model = models.train(name, training, validation, seed, **(options if recurrent else {}))
+        return {
+            "test": model.score(test), "validation": model.score(validation), "seconds": model.seconds,
+            "parameters": model.parameters, "history": model.history,
+        }  # fmt: skip
+
+    outcome = Outcome(task, trained_on, records.select(split[2]), records.select(split[1]), {})
+    counted = tasks.target(outcome.test, task)
+    for name in names:
+        repeats = seeds if models.MODELS[name].kind == "recurrent" else 1
+        for seed in range(repeats):
+            key = f"{task} {trained_on or 'all'} {name} {seed}"
+            found = store.get(key, partial(trained, name, seed))
+            outcome.runs.setdefault(name, []).append(Run(seed=seed, **found))
+            auroc, auprc = areas(counted.label[counted.counts], found["test"][counted.counts])
+            cost = f"trained in {found['seconds']:.0f} s"
+            say(f"{task}, {name}, seed {seed}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, {cost}")
+    return outcome
+
+
+def parts(
+    records: Records, task: str = "official", trained_on: str | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Patients, each bool [P], for training, validation and test, as `Records.split` has them.
+
+    `trained_on`: a group; the others' patients are for testing only.
+
+    Raises:
+        ValueError: a part has rows of one kind of label only.
+    """
+    train, validation, test = records.split()
+    if trained_on is not None:
+        inside = records.group == trained_on
+        train, validation = train & inside, validation & inside
+    target = tasks.target(records, task)
+    for name, patients in (("training", train), ("validation", validation), ("test", test)):
+        label = target.label[target.counts & records.rows_of(patients)]
+        if label.size == 0 or label.min() == label.max():
+            raise ValueError(
+                f"{name} patients: expected hours of label 0 and hours of label 1; got {label.size} hours, "
+                f"{int(label.sum())} of label 1. Are these all the records?"
+            )
+    return train, validation, test
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[str, Any]]:
+    """A dict a model: areas with their intervals, the difference to `BASELINE`, areas in each group, cost.
+
+    Intervals are of the patients drawn; what another seed would change is in the column `auroc of seeds`.
+    """
+    target = tasks.target(outcome.test, outcome.task)
+    patient = np.repeat(np.arange(outcome.test.length.size), outcome.test.length)[target.counts]
+    label = target.label[target.counts]
+    drawn = metrics.draws(outcome.test.length.size, replicates)
+    scores = {name: score[target.counts] for name, score in outcome.scores().items()}
+    found = {name: metrics.replicated_areas(label, score, patient, drawn) for name, score in scores.items()}
+    groups = np.unique(outcome.test.group)
+    group = outcome.test.group[patient]
+    rows = []
+    for name, score in scores.items():
+        auroc, auprc = areas(label, score)
+        runs = outcome.runs.get(name, [])
+        row: dict[str, Any] = {"model": name, "auroc": auroc}
+        row["auroc low"], row["auroc high"] = _ends(metrics.interval(auroc, found[name][:, 0]))
+        row["auprc"] = auprc
+        row["auprc low"], row["auprc high"] = _ends(metrics.interval(auprc, found[name][:, 1]))
+        if BASELINE in scores:
+            gains = found[name][:, 0] - found[BASELINE][:, 0]
+            more = metrics.interval(auroc - areas(label, scores[BASELINE])[0], gains)
+            row["auroc gain"], row["gain low"], row["gain high"] = more.value, more.low, more.high
+        if outcome.task == "official" and runs:
+            row["utility"] = utility(outcome, name)
+        single = [areas(label, run.test[target.counts])[0] for run in runs] if len(runs) > 1 else []
+        row["auroc of seeds"] = " ".join(f"{value:.3f}" for value in single) or None
+        for one in groups if len(groups) > 1 else ():
+            part = group == one
+            row[f"auroc {one}"], row[f"auprc {one}"] = areas(label[part], score[part])
+        row["seconds"] = float(np.mean([run.seconds for run in runs])) if runs else None
+        row["parameters"] = runs[0].parameters if runs else None
+        rows.append(row)
+    return rows
+
+
+def _ends(interval: metrics.Interval) -> tuple[float, float]:
+    return interval.low, interval.high
+
+
+def utility(outcome: Outcome, name: str) -> float:
+    """The challenge's normalised utility on the test patients, by the threshold that is best on the validation ones."""
+    runs = outcome.runs[name]
+    threshold = tasks.best_threshold(outcome.validation, np.mean([run.validation for run in runs], axis=0))
+    return tasks.utility(outcome.test, np.mean([run.test for run in runs], axis=0) >= threshold)
+
+
+AGES = {"under 50": (0, 50), "50 to 64": (50, 65), "65 to 79": (65, 80), "80 and over": (80, 200)}
+
+
+def subgroups(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A dict a subgroup of test patients (hospital, sex, age, unit): size, share of label 1, each model's areas."""
+    test = outcome.test
+    first = test.background[test.offset[:-1]]
+    known = {name: first[:, j] for j, name in enumerate(test.background_names)}
+    chosen: dict[str, NDArray[np.bool_]] = {f"hospital {one}": test.group == one for one in np.unique(test.group)}
+    chosen |= {"women": known["Gender"] == 0, "men": known["Gender"] == 1}
+    chosen |= {f"age {name}": (known["Age"] >= low) & (known["Age"] < high) for name, (low, high) in AGES.items()}
+    if "Unit1" in known:
+        chosen |= {"medical unit": known["Unit1"] == 1, "surgical unit": known["Unit2"] == 1}
+        chosen["unit not recorded"] = np.isnan(known["Unit1"])
+    target = tasks.target(test, outcome.task)
+    scores = outcome.scores()
+    out = []
+    for title, patients in chosen.items():
+        rows = target.counts & test.rows_of(patients)
+        label = target.label[rows]
+        row: dict[str, Any] = {"patients": title, "number": int(patients.sum()), "hours": int(rows.sum())}
+        row["share of label 1"] = float(label.mean()) if label.size else None
+        for name in names:
+            row[f"auroc {name}"], row[f"auprc {name}"] = areas(label, scores[name][rows])
+        out.append(row)
+    return out
 
 
 @dataclass(frozen=True)
@@ -50,32 +301,6 @@ class Study:
         return rows
 
 
-def areas(label: NDArray[np.int8], score: Scores) -> tuple[float, float]:
-    """Area under the ROC curve, and average precision; NaN where only one kind of label is."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    if label.min() == label.max():
-        return float("nan"), float("nan")
-    return float(roc_auc_score(label, score)), float(average_precision_score(label, score))
-
-
-def parts(records: Records) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Patients, each bool [P], for training, validation and test, as `Records.split` has them.
-
-    Raises:
-        ValueError: a part has hours of one kind of label only.
-    """
-    split = records.split()
-    for part, patients in zip(("training", "validation", "test"), split):
-        label = records.label[records.rows_of(patients)]
-        if label.size == 0 or label.min() == label.max():
-            raise ValueError(
-                f"{part} patients: expected hours of label 0 and hours of label 1; got {label.size} hours, "
-                f"{int(label.sum())} of label 1. Are these all the records?"
-            )
-    return split
-
-
 def run(records: Records, say: Callable[[str], None] = print, seed: int = 0, **options: Any) -> Study:
     """Trains the models and scores them on the test patients; `say` gets a line as each is done.
 
@@ -86,7 +311,7 @@ def run(records: Records, say: Callable[[str], None] = print, seed: int = 0, **o
         ImportError: scikit-learn is missing.
     """
     training, validation, test = (records.select(part) for part in parts(records))
-    preparation = features.fit(training)
+    preparation = fit(training)
     say(f"{len(preparation.names)} features an hour; training on {training.length.size} patients")
     train, validate, unseen = (models.rows(part, preparation, "official") for part in (training, validation, test))
     study = Study(test, {}, [])
