@@ -1,4 +1,4 @@
-"""The sepsis study: readers, simulated cohort, features, scores and report."""
+"""The sepsis study: readers, simulated cohort, features and scores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
 from gatewise import sepsis
-from gatewise.sepsis import cohort, features, records, report, study
+from gatewise.sepsis import cohort, features, records, study
 from patients import DATA, real
 
 # ---- readers -----------------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ def test_garbage_in_fio2_is_cut_to_what_a_fraction_can_be(tmp_path: Path) -> Non
     assert column[raw == -50].max() < column[raw == 0.5].min() < column[raw >= 1].min()
 
 
-# ---- study and report --------------------------------------------------------------------------------------
+# ---- study -------------------------------------------------------------------------------------------------
 
 
 def test_areas_are_what_they_are_defined_as() -> None:
@@ -353,53 +352,6 @@ def test_areas_are_what_they_are_defined_as() -> None:
     auroc, auprc = study.areas(label, score)
     assert auroc == pytest.approx(pairs) and auprc == pytest.approx((np.diff(recall) * precision).sum())
     assert np.isnan(study.areas(np.zeros(3, np.int8), np.arange(3.0))).all()
-
-
-def test_the_demo_prints_its_table_and_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "report"
-    result = sepsis.demo(report=folder, epochs=2, hidden_size=8, patients=400, seed=1)
-    table = {row["model"]: row for row in result.table()}
-    assert list(table) == ["best possible", "logistic regression", "RNN", "GRU", "LSTM"]
-    assert all(row["auroc"] < table["best possible"]["auroc"] for row in result.table()[1:])
-    assert table["LSTM"]["parameters"] == 4 * 8 * (36 + 8 + 2) + 8 + 1
-    assert table["logistic regression"]["parameters"] == 37
-    for name, score in result.scores.items():
-        assert score.dtype == np.float64 and score.shape == result.test.label.shape, name
-        assert not (score < 0).any() and not (score > 1).any() and np.isfinite(score).all(), name
-    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
-    assert list(tmp_path.iterdir()) == [folder]
-    for name in report.FILES[1:]:
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    lines = (folder / "table.csv").read_text().splitlines()
-    assert lines[0] == "model,auroc,auprc,seconds,parameters"
-    assert [line.split(",")[0] for line in lines[1:]] == list(table)
-    printed = capsys.readouterr().out
-    assert sepsis.format_table(result.table()) in printed and f"report: {folder}" in printed
-
-    report.write(result, folder)  # an earlier report is replaced
-    (folder / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match=r"expected an empty folder or an earlier report .* holds mine.txt"):
-        sepsis.demo(report=folder, epochs=1, hidden_size=8, patients=400)
-    assert (folder / "mine.txt").read_text() == "keep me" and len(list(folder.iterdir())) == 6
-
-
-def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = cohort.simulate(300, seed=1)
-    _, _, test = table.split()
-    result = study.Study(table.select(test), {study.BEST: table.risk[table.rows_of(test)]}, [])
-    folder = report.write(result, tmp_path / "report")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def fails(_: study.Study) -> None:
-        raise RuntimeError("disk full")
-
-    monkeypatch.setattr(report, "_patient", fails)
-    with pytest.raises(RuntimeError, match="disk full"):
-        report.write(result, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [folder]
-    with pytest.raises(FileExistsError, match="expected a folder to write the report to; it is a file"):
-        report.write(result, folder / "table.csv")
 
 
 def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> None:

@@ -1,69 +1,196 @@
-"""The report folder: the table as CSV and four pictures, in one style that survives a grey printer.
+"""The report: one HTML page that needs nothing else, and beside it the tables as CSV and the figures as PNG and SVG.
 
-Models are told apart by colour (Okabe and Ito's, safe for the colour-blind), by dash, and keep their order.
+`Page` is built block by block, and each block is rendered as it is added: what fails, fails before anything is
+written. `write` is the demo's page.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
-import os
-import shutil
-import tempfile
+import fnmatch
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .features import split_rows
+from ..layers import write_whole
+from . import figures
 from .records import Records
-from .study import BEST, Study
+from .study import Study
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FILES = ("table.csv", "roc_pr.png", "calibration.png", "learning_curves.png", "patient.png")
-LOOKS: dict[str, dict[str, Any]] = {
-    BEST: {"color": "black", "linestyle": (0, (1, 1)), "linewidth": 1.6},
-    "logistic regression": {"color": "#777777", "linestyle": (0, (6, 2)), "linewidth": 1.6},
-    "RNN": {"color": "#E69F00", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.6},
-    "GRU": {"color": "#009E73", "linestyle": (0, (4, 1)), "linewidth": 1.6},
-    "LSTM": {"color": "#0072B2", "linestyle": "-", "linewidth": 2.0},
-}
-ONSET = "#D55E00"
-PANELS = {"HR": "/min", "MAP": "mmHg", "Resp": "/min", "Temp": "°C", "Lactate": "mmol/L", "WBC": "10³/µL"}
-LOSSES = {"Training patients": "train_loss", "Validation patients": "val_loss"}
+INDEX = "index.html"
+FOLDERS = {"tables": ("*.csv",), "figures": ("*.png", "*.svg")}
+KEPT = "models"  # the study's own folder: left alone
+# The report of 0.1, and what a killed process leaves of a file: deleted when a report is written.
+STALE = ("table.csv", "roc_pr.png", "calibration.png", "learning_curves.png", "patient.png", f"{INDEX}.*.tmp")
+PHONE = 600  # CSS pixels up to which the narrow form of a figure is shown
+VECTOR = 150_000  # bytes up to which a picture goes into the page as SVG; else as PNG
+MISSING = "–"
+
+Draw = Callable[..., "Figure"]
 
 
-def write(study: Study, folder: str | Path) -> Path:
-    """Writes the report and returns its folder; a report already there is replaced, all at once or not at
-    all.
+class Page:
+    """A report in the making.
 
-    Raises:
-        FileExistsError: the folder holds something that is no report.
-        ImportError: matplotlib is missing.
+    page = Page("Sepsis, hour by hour", ["What this is."])
+    page.section("Memory", ["An RNN forgets exponentially."])
+    page.figure("memory", partial(figures.memory, groups), "Influence of the past.", "Two panels of curves: ...")
+    page.table("auroc", rows, "Area under the ROC curve.", formats={"seconds": ".1f"})
+    page.write("report")
+
+    All text is escaped; an address (https://...) in it becomes a link.
     """
-    folder = Path(folder)
-    check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        draft.chmod(0o755)  # mkdtemp's is for the owner only
-        _write_table(study, draft / "table.csv")
-        for name, draw in (
-            ("roc_pr.png", _roc_pr),
-            ("calibration.png", _calibration),
-            ("learning_curves.png", _learning_curves),
-            ("patient.png", _patient),
-        ):
-            draw(study).savefig(draft / name, dpi=150)
+
+    def __init__(self, title: str, lead: Iterable[str] = ()) -> None:
+        self.title = title
+        self.files: dict[str, bytes] = {}
+        self._lead = [_paragraph(text) for text in lead]
+        self._chapters: list[tuple[str, str]] = []  # anchor, title
+        self._body: list[str] = []
+        self._shown = {"table": 0, "figure": 0}
+
+    # -- blocks ----------------------------------------------------------------------------------------------
+
+    def section(self, title: str, paragraphs: Iterable[str] = ()) -> None:
+        """Begins a chapter; what is added next stands in it."""
+        anchor = f"chapter-{len(self._chapters) + 1}"
+        self._body += ["</section>"] if self._chapters else []
+        self._chapters.append((anchor, title))
+        self._body.append(f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{_text(title)}</h2>')
+        self.text(*paragraphs)
+
+    def text(self, *paragraphs: str) -> None:
+        self._body += [_paragraph(text) for text in paragraphs]
+
+    def items(self, entries: Iterable[str]) -> None:
+        """A list."""
+        self._body.append("<ul>\n" + "\n".join(f"<li>{_text(entry)}</li>" for entry in entries) + "\n</ul>")
+
+    def command(self, text: str) -> None:
+        """What to type, as it is."""
+        self._body.append(f"<pre><code>{html.escape(text)}</code></pre>")
+
+    def table(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        caption: str,
+        note: str = "",
+        formats: Mapping[str, str] | None = None,
+    ) -> None:
+        """A table, and tables/NAME.csv with its numbers unrounded.
+
+        Args:
+            rows: dicts of the same columns; the first column is what a row is about. None is an empty field. Columns
+                "x low" and "x high" beside one "x" are its interval, and in the page one column with it.
+            formats: column -> format; else ",", or ".3f" of a float.
+
+        Raises:
+            ValueError: no rows, rows of other columns, or a name taken or unfit for a file.
+        """
+        if not rows or any(list(row) != list(rows[0]) for row in rows):
+            raise ValueError(f"table {name}: expected one or more rows, all with the columns of the first")
+        self._add(f"tables/{_fit(name)}.csv", _csv(rows))
+        number = self._count("table")
+        columns = _shown(rows, formats or {})
+        wordy = {column for row in rows for column, value in row.items() if isinstance(value, str)}
+        words = [' class="words"' if column in wordy else "" for column in columns]
+        head = "".join(f'<th scope="col"{kind}>{_text(column)}</th>' for kind, column in zip(words, columns))
+        lines = []
+        for first, *others in zip(*columns.values()):
+            cells = "".join(f"<td{kind}>{_text(text)}</td>" for kind, text in zip(words[1:], others))
+            lines.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
+        body = "\n".join(lines)
+        self._body.append(
+            f'<div class="box" tabindex="0" role="region" aria-labelledby="{number}">\n<table>\n'
+            f'<caption id="{number}">{_text(_numbered(number, caption))}</caption>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+        )
+        if note:
+            self._body.append(f'<p class="note">{_text(note)}</p>')
+
+    def figure(self, name: str, draw: Draw, caption: str, alt: str) -> None:
+        """A figure: figures/NAME.png and .svg, and in the page in two forms, of which a narrow window shows the narrow.
+
+        Args:
+            draw: called as draw(width=inches), twice; `functools.partial` of a function of `figures`.
+            alt: what the figure shows, for who cannot see it.
+
+        Raises:
+            ValueError: no alt, or a name taken or unfit for a file. What `draw` raises.
+        """
+        if not alt:
+            raise ValueError(f"figure {name}: expected an alt text; got none")
+        wide, narrow = draw(width=figures.WIDE), draw(width=figures.NARROW)
+        for form in ("png", "svg"):
+            self._add(f"figures/{_fit(name)}.{form}", figures.save(wide, form))
+        number = self._count("figure")
+        self._body.append(
+            f'<figure id="{number}">\n<picture>'
+            f'<source media="(max-width: {PHONE}px)" srcset="{_inline(narrow)}" {_size(narrow)}>'
+            f'<img src="{_inline(wide)}" {_size(wide)} alt="{html.escape(alt)}"></picture>\n'
+            f"<figcaption>{_text(_numbered(number, caption))}</figcaption>\n</figure>"
+        )
+
+    def _count(self, kind: str) -> str:
+        self._shown[kind] += 1
+        return f"{kind}-{self._shown[kind]}"
+
+    def _add(self, path: str, content: bytes) -> None:
+        if path in self.files:
+            raise ValueError(f"{path}: expected a name of its own; there is one already")
+        self.files[path] = content
+
+    # -- the whole -------------------------------------------------------------------------------------------
+
+    def html(self) -> str:
+        """The page: no script, and nothing that is loaded from elsewhere."""
+        links = "\n".join(f'<li><a href="#{anchor}">{_text(title)}</a></li>' for anchor, title in self._chapters)
+        body = [
+            f"<header>\n<h1>{_text(self.title)}</h1>", *self._lead, "</header>",
+            f'<nav aria-label="Chapters">\n<ol>\n{links}\n</ol>\n</nav>' if len(self._chapters) > 1 else "",
+            "<main>", *self._body, "</section>" if self._chapters else "", "</main>",
+        ]  # fmt: skip
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(self.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+            + "\n".join(filter(None, body))
+            + "\n</body>\n</html>\n"
+        )
+
+    def write(self, folder: str | Path) -> Path:
+        """Writes the report and returns its folder.
+
+        File by file, each whole or not at all, the page last; then what an earlier report left is deleted. `models`
+        stays as it is.
+
+        Raises:
+            FileExistsError: the folder holds something that is no report.
+        """
+        folder = Path(folder)
         check_folder(folder)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
+        page = self.html().encode()
+        for part in FOLDERS:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        for path, content in {**self.files, INDEX: page}.items():
+            write_whole(folder / path, content)
+        earlier = [path for part in ("", *FOLDERS) for path in (folder / part).iterdir() if path.is_file()]
+        for file in earlier:
+            if file.relative_to(folder).as_posix() not in {*self.files, INDEX}:
+                file.unlink()
+        return folder
 
 
 def check_folder(folder: Path) -> None:
@@ -72,154 +199,214 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: expected a folder to write the report to; it is a file")
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+    strangers = sorted(path.relative_to(folder).as_posix() for path in _strangers(folder))
     if strangers:
         raise FileExistsError(
             f"{folder}: expected an empty folder or an earlier report to replace; it holds {strangers[0]}"
         )
 
 
-def _write_table(study: Study, path: Path) -> None:
-    rows = study.table()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _strangers(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name in FOLDERS:
+            ours = [one for pattern in FOLDERS[path.name] for one in (pattern, f"{pattern}.*.tmp")]
+            yield from (file for file in path.iterdir() if file.is_dir() or not _is(file.name, ours))
+        elif not (path.name == KEPT if path.is_dir() else _is(path.name, (INDEX, *STALE))):
+            yield path
 
 
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the pictures need matplotlib: pip install "gatewise[demo]"') from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def _is(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _style(axes: Axes, x: str, y: str, title: str = "") -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E5E5E5", linewidth=0.6)
-    axes.set_axisbelow(True)
+# -- words, numbers, pictures --------------------------------------------------------------------------------
+
+ADDRESS = re.compile(r"(https?://[^\s<>\"'()]*[^\s<>\"'().,;:])")
 
 
-def _roc_pr(study: Study) -> Figure:
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    figure = _figure(10, 4.6)
-    roc, pr = figure.subplots(1, 2)
-    label = study.test.label
-    for row, (name, score) in zip(study.table(), study.scores.items()):
-        false, true, _ = roc_curve(label, score)
-        roc.plot(false, true, **LOOKS[name], label=f"{name}  {row['auroc']:.3f}")
-        precision, recall, _ = precision_recall_curve(label, score)
-        # The first few alarms are noise: from 1 % of the recall on. Thinned, or the dashes run together.
-        kept = np.flatnonzero(recall >= 0.01)
-        kept = kept[:: max(1, kept.size // 400)]
-        pr.plot(recall[kept], precision[kept], **LOOKS[name], label=f"{name}  {row['auprc']:.3f}")
-    roc.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=0.8, label="chance  0.500")
-    pr.axhline(label.mean(), color="#BBBBBB", linewidth=0.8, label=f"chance  {label.mean():.3f}")
-    _style(roc, "false positive rate", "true positive rate", "ROC: area under the curve")
-    _style(pr, "recall", "precision", "Precision and recall: average precision")
-    roc.set_aspect("equal")
-    roc.legend(loc="lower right", frameon=False)
-    pr.legend(loc="upper right", frameon=False)
-    return figure
+def _text(text: str) -> str:
+    """Escaped, addresses made links."""
+    parts = [html.escape(part) for part in ADDRESS.split(text)]  # every second one is an address
+    parts[1::2] = [f'<a href="{part}">{part}</a>' for part in parts[1::2]]
+    return "".join(parts)
 
 
-def _calibration(study: Study) -> Figure:
-    """Observed against predicted frequency in ten equal groups; logarithmic axes, for sepsis is rare."""
-    figure = _figure(5.6, 5.2)
-    axes = figure.subplots()
-    low, high = 1.0, 0.0
-    for name, score in study.scores.items():
-        groups = np.array_split(np.argsort(score, kind="stable"), 10)
-        predicted = np.array([score[rows].mean() for rows in groups])
-        observed = np.array([study.test.label[rows].mean() for rows in groups])
-        some = observed > 0  # a group without sepsis has no place on a logarithmic axis
-        axes.plot(predicted[some], observed[some], **LOOKS[name], marker="o", markersize=3.5, label=name)
-        low = min(low, predicted[some].min(), observed[some].min())
-        high = max(high, predicted.max(), observed.max())
-    axes.plot([low, high], [low, high], color="#BBBBBB", linewidth=0.8)
-    axes.set(xscale="log", yscale="log")
-    _style(axes, "predicted probability", "observed frequency", "Calibration, in tenths of the test hours")
-    axes.legend(loc="upper left", frameon=False)
-    return figure
+def _paragraph(text: str) -> str:
+    return f"<p>{_text(text)}</p>"
 
 
-def _learning_curves(study: Study) -> Figure:
-    figure = _figure(10, 4.2)
-    train, validation = figure.subplots(1, 2, sharey=True)
-    for model in study.models:
-        if model.history:
-            epochs = range(1, len(model.history) + 1)
-            for axes, key in zip((train, validation), LOSSES.values()):
-                axes.plot(epochs, [epoch[key] for epoch in model.history], **LOOKS[model.name], marker="o",
-                          markersize=3.5, label=model.name)  # fmt: skip
-    for axes, title in zip((train, validation), LOSSES):
-        _style(axes, "epoch", "cross-entropy an hour" if axes is train else "", title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    # The first epoch starts at the constant prediction and would flatten all that follows.
-    later = [epoch[key] for model in study.models for epoch in model.history[1:] for key in LOSSES.values()]
-    if later:
-        train.set_ylim(0.95 * min(later), 1.15 * max(later))
-        validation.legend(loc="upper right", frameon=False)
-    return figure
+def _numbered(number: str, caption: str) -> str:
+    """table-3 and its caption -> "Table 3. The caption"."""
+    return f"{number.replace('-', ' ').capitalize()}. {caption}"
 
 
-def _patient(study: Study) -> Figure:
-    """One test patient: the risk under all models, and under it what was measured and given."""
-    test = study.test
-    one = _example(test, next(reversed(study.scores.values())))
-    start, end = test.offset[one], test.offset[one + 1]
-    hours, label, measured = test.clock[start:end], test.label[start:end], test.measured[start:end]
-    readings = [j for j, name in enumerate(test.variables) if name in PANELS and not np.isnan(measured[:, j]).all()]
-    drugs = [j for j, name in enumerate(test.variables) if name in test.doses]
-
-    heights = [3.0] + [1.0] * len(readings) + ([0.3 + 0.25 * len(drugs)] if drugs else [])
-    figure = _figure(8, 1.05 * sum(heights))
-    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for name, score in study.scores.items():
-        panels[0].plot(hours, 100 * score[start:end], **LOOKS[name], label=name)
-    title = f"Patient {test.patient[one]} ({test.group[one]}): risk of sepsis hour by hour"
-    _style(panels[0], "", "risk, %", title)
-    top = panels[0].get_ylim()[1]
-    panels[0].set_yticks([tick for tick in panels[0].get_yticks() if 0 <= tick <= min(top, 100)])
-    panels[0].set_ylim(0, 1.4 * top)  # room for the legend above the curves
-    for j, axes in zip(readings, panels[1:]):
-        seen = ~np.isnan(measured[:, j])
-        axes.plot(hours[seen], measured[seen, j], "o-", color="#444444", markersize=2.8, linewidth=0.8)
-        _style(axes, "", f"{test.variables[j]}\n{PANELS[test.variables[j]]}")
-    if drugs:
-        for line, j in enumerate(drugs):
-            given = np.flatnonzero(~np.isnan(measured[:, j]))
-            height = np.full(given.size, -line)
-            panels[-1].scatter(hours[given], height, s=45 * measured[given, j], marker="|", color="#444444")
-        panels[-1].set_yticks([-line for line in range(len(drugs))], [test.variables[j] for j in drugs])
-        _style(panels[-1], "", "")
-        panels[-1].set_ylim(-len(drugs) + 0.4, 0.6)
-    positive = hours[label == 1]
-    for axes in panels:
-        if positive.size:
-            axes.axvspan(positive[0] - 0.5, positive[-1] + 0.5, color=ONSET, alpha=0.12, linewidth=0,
-                         label="label 1: sepsis in 6 h" if axes is panels[0] else None)  # fmt: skip
-    panels[0].legend(loc="upper left", frameon=False, ncols=3)
-    panels[-1].set_xlabel("hours in intensive care")
-    figure.align_ylabels(panels[: len(readings) + 1])
-    return figure
+def _shown(rows: Sequence[Mapping[str, Any]], formats: Mapping[str, str]) -> dict[str, list[str]]:
+    """column -> its fields as text, with the ends of an interval in the column of their value."""
+    columns = {column: [_number(row[column], formats.get(column)) for row in rows] for column in rows[0]}
+    for column in rows[0]:
+        ends = f"{column} low", f"{column} high"
+        if all(end in columns for end in ends):
+            low, high = ([_number(row[end], formats.get(column)) for row in rows] for end in ends)
+            columns[column] = [
+                value if MISSING in (a, b) else f"{value} ({a} to {b})"
+                for value, a, b in zip(columns[column], low, high)
+            ]
+            del columns[ends[0]], columns[ends[1]]
+    return columns
 
 
-def _example(test: Records, score: Any) -> int:
+def _number(value: Any, form: str | None) -> str:
+    if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, (float, np.floating)):
+        return format(value, form or ".3f")
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return format(value, form or ",")
+    return str(value)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+def _fit(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"name: expected small letters, digits and _, for a file; got {name!r}")
+    return name
+
+
+def _size(figure: Figure) -> str:
+    """Both forms of a picture are shown in the size of the figure, and the page has its room before it is drawn."""
+    width, height = 96 * figure.get_size_inches()
+    return f'width="{width:.0f}" height="{height:.0f}"'
+
+
+def _inline(figure: Figure) -> str:
+    """The figure as the address of an image: as SVG, sharp at any size, where that is not too long."""
+    content, kind = figures.save(figure, "svg"), "svg+xml"
+    if len(content) > VECTOR:
+        content, kind = figures.save(figure, "png"), "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #595959; --paper: #ffffff; --rule: #cccccc; --band: #f3f3f3;
+  --link: #005a9c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --soft: #a8a8a8; --paper: #17191c; --rule: #4a4a4a; --band: #222529; --link: #7db8e8; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 1rem 0; }
+h2 { font-size: 1.4rem; line-height: 1.25; margin: 3rem 0 .75rem; padding-top: .75rem;
+  border-top: 1px solid var(--rule); }
+p, li { max-width: 44rem; }
+header p { font-size: 1.125rem; }
+a { color: var(--link); }
+nav ol { padding-left: 1.5rem; }
+pre { overflow-x: auto; padding: .75rem 1rem; background: var(--band); font-size: .9rem; line-height: 1.4; }
+figure { margin: 1.75rem 0; }
+figure img { display: block; max-width: 100%; height: auto; background: #ffffff; }
+figcaption, caption { font-size: .95rem; line-height: 1.4; text-align: left; padding: .5rem 0; }
+figcaption { max-width: 44rem; }
+.note { margin-top: .5rem; font-size: .95rem; line-height: 1.4; color: var(--soft); }
+.box { overflow-x: auto; margin-top: 1.75rem; }
+.box:focus-visible { outline: 2px solid var(--link); }
+table { border-collapse: collapse; font-size: .85rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+caption { max-width: min(44rem, calc(100vw - 2rem)); }
+th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--ink); }
+tbody tr { border-bottom: 1px solid var(--rule); }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--paper); }
+tbody th { font-weight: 500; }
+.words { text-align: left; }
+td.words { white-space: normal; min-width: 8rem; }
+@media (max-width: 600px) {
+  tbody th { white-space: normal; }
+  h1 { font-size: 1.6rem; } }
+@media print {
+  :root { --ink: #000000; --soft: #333333; --paper: #ffffff; --rule: #999999; --link: #000000; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; }
+  nav { display: none; }
+  h2, caption { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
+  .box { overflow: visible; }
+  table { font-size: 8.5pt; }
+}
+"""
+
+
+# -- the demo's page -----------------------------------------------------------------------------------------
+
+
+def write(study: Study, folder: str | Path) -> Path:
+    """Writes the demo's report and returns its folder; raises as `Page.write` does, before any drawing too.
+
+    Raises:
+        FileExistsError: the folder holds something that is no report.
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    test, scores = study.test, study.scores
+    page = Page(
+        "Predicting sepsis, hour by hour",
+        [f"Models scored on {test.length.size:,} test patients, {test.label.size:,} hours, "
+         f"{100 * test.label.mean():.2f} % of them of label 1."],
+    )  # fmt: skip
+    page.section("How well the models rank the hours")
+    page.table(
+        "models", study.table(), "Areas under the ROC and the precision–recall curve.", formats={"seconds": ".1f"}
+    )
+    page.figure(
+        "roc_pr", partial(figures.roc_pr, test.label, scores), "Every threshold of every model.",
+        "Two panels of curves, a line a model: true against false positive rate, and precision against recall. "
+        "The areas under them are in the table above.",
+    )  # fmt: skip
+    page.section("What a probability means")
+    page.figure(
+        "calibration", partial(figures.calibration, test.label, scores),
+        "On the diagonal, as many hours are of label 1 as the model says.",
+        "Observed frequency of label 1 against the predicted probability in ten groups of hours, a line a model.",
+    )  # fmt: skip
+    histories = {model.name: model.history for model in study.models if model.history}
+    if histories:
+        page.section("Training")
+        page.figure(
+            "learning_curves", partial(figures.learning_curves, histories),
+            "The weights of the epoch of lowest validation loss are kept.",
+            "Two panels of curves, a line a recurrent model: loss of training and of validation patients an epoch.",
+        )  # fmt: skip
+    page.section("One patient")
+    one = example(test, next(reversed(scores.values())))
+    rows = slice(test.offset[one], test.offset[one + 1])
+    page.figure(
+        "patient",
+        partial(
+            figures.patient, {name: score[rows] for name, score in scores.items()}, test.clock[rows],
+            test.measured[rows], test.variables, test.doses, label=test.label[rows],
+            title=f"Patient {test.patient[one]} ({test.group[one]})",
+        ),
+        "Risk of sepsis under all models, and what was measured and given. Of the septic patients with a stay of one "
+        "to three days, the median one by how far the last model's risk rose.",
+        "Panels over the hours in intensive care: the risk, a line a model, then the readings and the drugs.",
+    )  # fmt: skip
+    return page.write(folder)
+
+
+def example(test: Records, score: Any) -> int:
     """The patient to show: septic, a stay of 24 to 72 hours, and the median one by how far the score rose.
 
     The median, so that the picture is typical, and neither the best nor the worst the model can do.
     """
-    labels = split_rows(test.label, test.offset, np.ones(test.length.size, bool))
-    scores = split_rows(score, test.offset, np.ones(test.length.size, bool))
-    septic = [i for i, label in enumerate(labels) if label.any() and not label[0]]
-    shown = [i for i in septic if 24 <= test.length[i] <= 72] or septic or [0]
-    return sorted(shown, key=lambda i: float(scores[i].max()))[len(shown) // 2]
+    start = test.offset[:-1]
+    septic = np.flatnonzero(np.maximum.reduceat(test.label, start) & (test.label[start] == 0))
+    shown = septic[(test.length[septic] >= 24) & (test.length[septic] <= 72)]
+    of = next((some for some in (shown, septic) if some.size), np.array([0]))
+    rise = np.maximum.reduceat(score, start)
+    return int(of[np.argsort(rise[of], kind="stable")[of.size // 2]])
