@@ -20,7 +20,7 @@ before, and each dose through the shape in which its effect comes and goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,9 @@ DRUGS = (
     Drug("Steroid", hump, 14.0, 1.5, 0.010, 0.3, {"Glucose": 1.2}),
     Drug("Sedative", plateau, 10.0, 1.2, 0.012, 0.0, {"HR": -0.5, "Resp": -0.6}),
 )
+NAMES = (*(v.name for v in VARIABLES), *(d.name for d in DRUGS))
+NORMAL, SPREAD = (np.array([getattr(v, name) for v in VARIABLES]) for name in ("normal", "spread"))
+LACTATE = NAMES.index("Lactate")
 BASE = -7.6  # log-odds of sepsis an hour without strain, lactate or doses
 STRAIN, STRAIN_MEMORY = 3.0, 0.9  # weight of the strain, and the share of it kept from hour to hour
 LACTATE_RISE, LACTATE_HALF_LIFE = 0.9, 12.0  # per spread above the reading before; fades with the hours since
@@ -121,86 +124,147 @@ def simulate(patients: int = 4000, seed: int = 0) -> Records:
     stay = np.exp(random.normal(np.log(40), 0.6, patients)).clip(SHORTEST, LONGEST).astype(np.int64)
     age = np.round(random.normal(63, 16, patients).clip(18, 90))
     male = (random.random(patients) < 0.56).astype(np.float64)
-    record, drive = _run(random, stay.max(), BASE + AGE_PER_DECADE * (age - 63) / 10 + MALE * male)
+    measured, log_odds = _run(random, _Drive(stay, age, male))
 
-    # Hazard [T + HORIZON, P]; nobody is admitted with sepsis beginning in hour 0.
-    hazard = 1 / (1 + np.exp(-np.minimum(drive, 10)))  # never 1 to the last bit: its logarithm is needed
-    hazard[0] = 0.0
+    hazard = _hazard(log_odds)
     begins = random.random(hazard.shape) < hazard
     onset = np.where(begins.any(axis=0), begins.argmax(axis=0), len(hazard))
     length = np.minimum(stay, onset)
 
     hour = np.arange(stay.max())[:, None]
-    free = np.cumsum(np.log1p(-hazard), axis=0)  # log of the chance of being free of sepsis up to each hour
-    risk = -np.expm1(free[HORIZON:] - free[:-HORIZON])
     label = onset <= hour + HORIZON
-    rows = (hour < length).T  # patient by patient, hour by hour
+    stayed, rows = (hour < stay).T, (hour < length).T  # patient by patient, hour by hour
     names = np.char.mod("s%06d", np.arange(patients))
     return Records(
-        measured=record.transpose(1, 0, 2)[rows],
-        variables=(*(v.name for v in VARIABLES), *(d.name for d in DRUGS)),
+        measured=measured[rows[stayed]],
+        variables=NAMES,
         background=np.repeat(np.stack([age, male], axis=1), length, axis=0).astype(np.float32),
         background_names=("Age", "Gender"),
         clock=(np.broadcast_to(hour, label.shape).T[rows] + 1).astype(np.float32),
         label=label.T[rows].astype(np.int8), length=length,
         patient=names, group=np.full(patients, "simulated"),
         fold=np.array([fold_of("simulated", name) for name in names], np.int8),
-        doses=tuple(drug.name for drug in DRUGS), risk=risk.T[rows],
+        doses=tuple(drug.name for drug in DRUGS), risk=_risk(hazard).T[rows],
     )  # fmt: skip
 
 
-def _run(random: np.random.Generator, hours: int, at_rest: Array) -> tuple[NDArray[np.float32], Array]:
-    """All patients hour by hour, as if all stayed to the end.
+def true_risk(records: Records) -> Array:
+    """The exact probability of label 1 in every row, float64 [R], computed from the record alone.
 
-    Returns the record, float32 [T, P, V] with NaN where nothing was measured or given, and the log-odds of
-    the hazard, [T + HORIZON, P]: slot t + HORIZON is the drive of hour t, the first slots are the patient
-    `at_rest`, [P].
+    It is `Records.risk` again, and is known as well where the record was changed: what would the risk be, had
+    this dose not been given?
+
+    Raises:
+        ValueError: the records have other variables than a simulated cohort.
     """
-    patients = at_rest.size
-    normal, spread, sickness, drift, measured, weight = (
-        np.array([getattr(v, name) for v in VARIABLES], np.float64)
-        for name in ("normal", "spread", "sickness", "drift", "measured", "strain")
-    )
-    lactate = [v.name for v in VARIABLES].index("Lactate")
-    on_readings = np.array([[drug.readings.get(v.name, 0.0) for v in VARIABLES] for drug in DRUGS])
-    on_hazard = np.array([drug.hazard for drug in DRUGS])
-    given, indication = (np.array([getattr(d, name) for d in DRUGS]) for name in ("given", "indication"))
-    effects = np.stack([drug.effect() for drug in DRUGS], axis=1)  # [LONGEST, drugs]
+    if records.variables != NAMES or records.background_names != ("Age", "Gender"):
+        got = ", ".join((*records.variables, *records.background_names))
+        raise ValueError(f"records: expected the variables of a simulated cohort, {', '.join(NAMES)}; got {got}")
+    age, male = records.background[records.offset[:-1]].astype(np.float64).T
+    drive = _Drive(records.length, age, male)
+    for t, rows in drive.hours():
+        drive.read(records.measured[rows, : len(VARIABLES)])
+        drive.dose(t, records.measured[rows, len(VARIABLES) :])
+    risk = _risk(_hazard(drive.log_odds)).T
+    by_row: Array = risk[np.arange(risk.shape[1]) < records.length[:, None]]
+    return by_row
 
-    record = np.full((hours, patients, len(VARIABLES) + len(DRUGS)), np.nan, np.float32)
-    drive = np.tile(at_rest, (hours + HORIZON, 1))
-    doses = np.zeros((hours, patients, len(DRUGS)))
+
+class _Drive:
+    """The log-odds of the hazard, as the record moves them from hour to hour: the one definition of the risk.
+
+    The patients still there in an hour come first in `order`, by falling length of stay: the hour's arrays are theirs.
+
+    Attributes:
+        log_odds: [T + HORIZON, P]: slot t + HORIZON is the drive of hour t, the first slots are the patient at rest.
+        strain: [n] after `read`, of the n patients still there.
+        acting: [T, P, drugs] the effect of all doses so far, in the hours to come; P in `order`.
+    """
+
+    def __init__(self, length: NDArray[np.int64], age: Array, male: Array) -> None:
+        self.length, self.order = length, np.argsort(-length, kind="stable")
+        hours, patients = int(length.max()), length.size
+        self.log_odds = np.tile(BASE + AGE_PER_DECADE * (age - 63) / 10 + MALE * male, (hours + HORIZON, 1))
+        self.acting = np.zeros((hours, patients, len(DRUGS)))
+        self.strain, self._rise = np.zeros(patients), np.zeros(patients)
+        self._last = np.zeros((patients, len(VARIABLES)))  # carried forward, in spreads from normal; 0 before the first
+        self._known = np.zeros(patients, bool)  # whether Lactate was measured before
+
+    def hours(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each hour t, and where the rows of those still there are: [n]."""
+        first = (np.cumsum(self.length) - self.length)[self.order]
+        for t in range(self.length.max()):
+            yield t, first[: np.count_nonzero(self.length > t)] + t
+
+    def read(self, readings: NDArray[np.float32]) -> None:
+        """An hour's readings, [n, variables], NaN where nothing was measured."""
+        n, seen = len(readings), ~np.isnan(readings)
+        before = self._last[:n]
+        self._last = np.where(seen, (readings.astype(np.float64) - NORMAL) / SPREAD, before)
+        drawn, known = seen[:, LACTATE], self._known[:n]
+        change = np.where(known, self._last[:, LACTATE] - before[:, LACTATE], 0)
+        self._rise = np.where(drawn, change, self._rise[:n] * 2 ** (-1 / LACTATE_HALF_LIFE))
+        self._known = known | drawn
+        # Not @: BLAS does not promise the same bits for any number of rows.
+        strain = np.einsum("pv,v->p", self._last, [v.strain for v in VARIABLES])
+        self.strain = STRAIN_MEMORY * self.strain[:n] + (1 - STRAIN_MEMORY) * strain
+
+    def dose(self, t: int, amounts: NDArray[np.float32]) -> None:
+        """The doses of hour t, [n, drugs], NaN where none was given; after `read`."""
+        n = len(amounts)
+        for d, drug in enumerate(DRUGS):
+            given = np.flatnonzero(~np.isnan(amounts[:, d]))
+            effect = drug.effect()[: len(self.acting) - t, None]
+            self.acting[t : t + len(effect), given, d] += effect * amounts[given, d].astype(np.float64)
+        on_hazard = np.einsum("pd,d->p", self.acting[t, :n], [drug.hazard for drug in DRUGS])
+        self.log_odds[t + HORIZON, self.order[:n]] += STRAIN * self.strain + LACTATE_RISE * self._rise + on_hazard
+
+
+def _hazard(log_odds: Array) -> Array:
+    """[T + HORIZON, P]: the chance that sepsis begins in an hour, if it has not before."""
+    hazard: Array = 1 / (1 + np.exp(-np.minimum(log_odds, 10)))  # never 1 to the last bit: its logarithm is needed
+    hazard[0] = 0.0  # nobody is admitted with sepsis beginning in hour 0
+    return hazard
+
+
+def _risk(hazard: Array) -> Array:
+    """[T, P]: the chance that sepsis begins in the `HORIZON` hours after each hour."""
+    free = np.cumsum(np.log1p(-hazard), axis=0)  # log of the chance of being free of sepsis up to each hour
+    risk: Array = -np.expm1(free[HORIZON:] - free[:-HORIZON])
+    return risk
+
+
+def _run(random: np.random.Generator, drive: _Drive) -> tuple[NDArray[np.float32], Array]:
+    """All patients hour by hour, to the end of their stay.
+
+    Returns the record, float32 [rows, V] with NaN where nothing was measured or given, and the log-odds of the hazard,
+    as `_Drive` has them.
+    """
+    patients = drive.length.size
+    sickness, drift, measured = (
+        np.array([getattr(v, name) for v in VARIABLES], np.float64) for name in ("sickness", "drift", "measured")
+    )
+    on_readings = np.array([[drug.readings.get(v.name, 0.0) for v in VARIABLES] for drug in DRUGS])
+    given, indication = (np.array([getattr(d, name) for d in DRUGS]) for name in ("given", "indication"))
+
+    record = np.full((drive.length.sum(), len(NAMES)), np.nan, np.float32)
     base = random.normal(0, 0.5, (patients, len(VARIABLES)))  # what is normal for this patient, in spreads
     noise = random.normal(0, 1, base.shape)
     deterioration = random.normal(0, 1, patients)
-    last = np.zeros(base.shape)  # readings carried forward, in spreads from normal; 0 before the first
-    strain, rise = np.zeros(patients), np.zeros(patients)
-    lactate_known = np.zeros(patients, bool)
+    for t, rows in drive.hours():
+        n = rows.size
+        deterioration = 0.97 * deterioration[:n] + np.sqrt(1 - 0.97**2) * random.normal(0, 1, n)
+        noise = drift * noise[:n] + np.sqrt(1 - drift**2) * random.normal(0, 1, (n, len(VARIABLES)))
+        state = base[:n] + noise + sickness * np.maximum(deterioration, 0)[:, None] + drive.acting[t, :n] @ on_readings
+        value = np.round(np.maximum(NORMAL + SPREAD * state, 0.1 * NORMAL), 2)
+        strain = drive.strain[:n, None].clip(0, 3)
+        sought = measured * np.where(measured < 0.5, np.exp(0.4 * strain), 1)
+        seen = random.random(value.shape) < sought
+        record[rows, : len(VARIABLES)] = np.where(seen, value, np.nan)
+        drive.read(record[rows, : len(VARIABLES)])  # as it is written, in float32
 
-    for t in range(hours):
-        deterioration = 0.97 * deterioration + np.sqrt(1 - 0.97**2) * random.normal(0, 1, patients)
-        noise = drift * noise + np.sqrt(1 - drift**2) * random.normal(0, 1, base.shape)
-        # [P, drugs]: every dose so far, weighed by its age
-        acting = np.einsum("kpd,kd->pd", doses[:t], effects[t:0:-1])
-        state = base + noise + sickness * np.maximum(deterioration, 0)[:, None] + acting @ on_readings
-        value = np.round(np.maximum(normal + spread * state, 0.1 * normal), 2)
-        sought = measured * np.where(measured < 0.5, np.exp(0.4 * strain.clip(0, 3))[:, None], 1)
-        seen = random.random(base.shape) < sought
-        record[t, :, : len(VARIABLES)] = np.where(seen, value, np.nan)
-
-        before = last[:, lactate].copy()
-        last = np.where(seen, (value - normal) / spread, last)
-        drawn = seen[:, lactate]
-        change = np.where(lactate_known, last[:, lactate] - before, 0)
-        rise = np.where(drawn, change, rise * 2 ** (-1 / LACTATE_HALF_LIFE))
-        lactate_known |= drawn
-        strain = STRAIN_MEMORY * strain + (1 - STRAIN_MEMORY) * (last @ weight)
-
-        wanted = given * np.exp(indication * strain.clip(0, 3)[:, None])
-        dosed = random.random(wanted.shape) < wanted
+        wanted = given * np.exp(indication * drive.strain[:, None].clip(0, 3))
         amount = np.round(np.exp(random.normal(0, 0.3, wanted.shape)), 2)
-        doses[t] = np.where(dosed, amount, 0)
-        record[t, :, len(VARIABLES) :] = np.where(dosed, amount, np.nan)
-        acting = acting + doses[t] * effects[0]
-        drive[t + HORIZON] += STRAIN * strain + LACTATE_RISE * rise + acting @ on_hazard
-    return record, drive
+        record[rows, len(VARIABLES) :] = np.where(random.random(wanted.shape) < wanted, amount, np.nan)
+        drive.dose(t, record[rows, len(VARIABLES) :])
+    return record, drive.log_odds
