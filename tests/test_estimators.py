@@ -441,6 +441,7 @@ INF[1, 0, 2] = np.inf
     (X_BAD, [0, 1, 0, 1], {"cell": "lsmt"}, "cell: expected one of"),
     (X_BAD, [0, 1, 0, 1], {"max_epochs": 0}, "max_epochs: expected an integer of 1 or more; got 0"),
     (X_BAD, [0, 1, 0, 1], {"learning_rate": -1.0}, "learning_rate: expected a positive number"),
+    (X_BAD, [0, 1, 0, 1], {"schedule": "linear"}, "schedule: expected one of constant, cosine; got 'linear'"),
     (X_BAD, [0, 1, 0, 1], {"class_weight": "equal"}, "class_weight: expected None, 'balanced' or a dict"),
 ])  # fmt: skip
 def test_bad_input_is_named(X, y, options, sentence):

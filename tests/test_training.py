@@ -368,6 +368,24 @@ def test_early_stopping_keeps_the_best_weights():
     assert all(0 < h["kernel_share"] < 1 and h["seconds"] > 0 for h in history)
 
 
+def test_a_cosine_takes_the_learning_rate_to_zero(monkeypatch):
+    """torch's CosineAnnealingLR, stepped with the optimizer, over the updates of all epochs."""
+    torch = pytest.importorskip("torch")
+    rates = []
+    step = Adam.step
+    monkeypatch.setattr(Adam, "step", lambda adam, gradients: (rates.append(adam.learning_rate), step(adam, gradients)))
+    network, data = problem(N=10)
+    train(network, data, max_epochs=4, batch_size=4, learning_rate=0.01, schedule="cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4 * 3)
+    expected = []
+    for _ in range(12):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
 def test_without_validation_the_last_weights_stay_and_the_loss_falls():
     network, data = problem()
     history = train(network, data, max_epochs=40, learning_rate=0.02)

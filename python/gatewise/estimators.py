@@ -61,6 +61,7 @@ _ARGUMENTS = """
         validation_fraction: part of the sequences (whole ones) set aside to choose the best epoch; 0: none.
             Not used when `fit` gets validation_data.
         patience: epochs without a lower validation loss after which training stops; None: never.
+        schedule: of the learning rate: "constant", or "cosine": it falls to 0 over max_epochs.
         random_state: seed or numpy Generator: of split, initial weights, batches and dropout. An integer
             makes two fits equal to the bit, whatever num_threads.
         dtype: "float32" or "float64", inside; X may have any real dtype.
@@ -115,6 +116,7 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         clip_norm: float | None = 1.0,
         validation_fraction: float = 0.1,
         patience: int | None = 10,
+        schedule: str = "constant",
         random_state: int | np.random.Generator | None = None,
         dtype: str = "float32",
         verbose: int | None = None,
@@ -144,6 +146,7 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         self.clip_norm = clip_norm
         self.validation_fraction = validation_fraction
         self.patience = patience
+        self.schedule = schedule
         self.random_state = random_state
         self.dtype = dtype
         self.verbose = verbose
@@ -198,7 +201,8 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         self.history_ = training.fit(
             self.network_, data, validation, random=random, learning_rate=self.learning_rate,
             weight_decay=self.weight_decay, max_epochs=self.max_epochs, batch_size=self.batch_size,
-            bucket=self.bucket, clip_norm=self.clip_norm, patience=self.patience, verbose=self.verbose,
+            bucket=self.bucket, clip_norm=self.clip_norm, patience=self.patience, schedule=self.schedule,
+            verbose=self.verbose,
         )  # fmt: skip
         return self
 
@@ -278,6 +282,8 @@ class _SequenceEstimator(BaseEstimator, ABC):  # type: ignore[misc]
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more; got {value!r}")
+        if self.schedule not in training.SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(training.SCHEDULES)}; got {self.schedule!r}")
         for name in ("learning_rate", "clip_norm", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -340,6 +346,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
         clip_norm: float | None = 1.0,
         validation_fraction: float = 0.1,
         patience: int | None = 10,
+        schedule: str = "constant",
         class_weight: str | Mapping[Any, float] | None = None,
         random_state: int | np.random.Generator | None = None,
         dtype: str = "float32",
@@ -354,8 +361,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
             cell_clip=cell_clip, forget_bias=forget_bias, save=save,
             target=target, learning_rate=learning_rate, weight_decay=weight_decay,
             max_epochs=max_epochs, batch_size=batch_size, bucket=bucket, clip_norm=clip_norm,
-            validation_fraction=validation_fraction, patience=patience, random_state=random_state,
-            dtype=dtype, verbose=verbose, num_threads=num_threads, backend=backend,
+            validation_fraction=validation_fraction, patience=patience, schedule=schedule,
+            random_state=random_state, dtype=dtype, verbose=verbose, num_threads=num_threads, backend=backend,
         )  # fmt: skip
         self.class_weight = class_weight
 

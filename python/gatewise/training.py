@@ -330,6 +330,8 @@ class Network:
         return (dh, None) if self.layer.has_c else dh
 
 
+SCHEDULES = ("constant", "cosine")
+
 # -- the loop ------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +348,7 @@ def fit(
     bucket: int = 1,
     clip_norm: float | None = 1.0,
     patience: int | None = 10,
+    schedule: str = "constant",
     verbose: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place by Adam on the mean loss of mini-batches, and keep the best weights.
@@ -358,6 +361,8 @@ def fit(
     Ctrl-C stops with a RuntimeWarning and the weights of the best (last) finished epoch.
 
     Args:
+        schedule: of the learning rate: "constant", or "cosine": from learning_rate to 0 over max_epochs, along half a
+            cosine (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
         verbose: None: a progress bar (needs tqdm) on a terminal after 3 s; 0: silent; 1: always a bar.
 
     Returns:
@@ -374,7 +379,8 @@ def fit(
     history: list[dict[str, Any]] = []
     best: dict[str, Array] | None = None
     best_loss, best_epoch = np.inf, 0
-    bar = _progress(max_epochs * -(-len(train) // batch_size), verbose)
+    updates = max_epochs * -(-len(train) // batch_size)
+    bar = _progress(updates, verbose)
     try:
         for epoch in range(1, max_epochs + 1):
             start, kernels = time.perf_counter(), network.kernel_seconds
@@ -387,6 +393,8 @@ def fit(
                     loss, gradients = network.gradients(batch, targets, w / w.dtype.type(count))
                     norm = clip(gradients, clip_norm)
                 _must_be_finite({"loss": loss, "norm of the gradient": norm}, epoch, learning_rate)
+                if schedule == "cosine":
+                    optimizer.learning_rate = learning_rate * (1 + np.cos(np.pi * optimizer.steps / updates).item()) / 2
                 optimizer.step(gradients)
                 total += loss * count
                 bar.update()

@@ -6,7 +6,6 @@ hours. A patient drawn k times counts k-fold, so a replicate is a weight an hour
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,19 +59,11 @@ def replicated_areas(
     return out
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and the interval of `LEVEL` around it."""
-
-    value: float
-    low: float
-    high: float
-
-
-def interval(value: float, replicates: Floats) -> Interval:
-    """The percentile interval (Efron and Tibshirani 1993, chapter 13); NaN where no replicate has a value."""
+def interval(value: float, replicates: Floats) -> tuple[float, float, float]:
+    """(value, low, high): an estimate and its percentile interval (Efron and Tibshirani 1993, chapter 13); its ends are
+    NaN where no replicate has a value."""
     known = replicates[~np.isnan(replicates)]
     if not known.size:
-        return Interval(value, float("nan"), float("nan"))
+        return value, float("nan"), float("nan")
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    return value, float(low), float(high)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .features import Preparation, split_rows
 from .records import Records
-from .tasks import septic_before, target
+from .tasks import septic_before, stage, target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Rows:
         label: int8 [R], of the task.
         counts: bool [R], the rows that are trained on and scored.
         septic_before: bool [R], whether sepsis is known to have begun by the hour before.
+        stage: int8 [R], how near the onset is: what recurrent networks are taught beside the label.
     """
 
     x: NDArray[np.float32]
@@ -47,6 +48,7 @@ class Rows:
     label: NDArray[np.int8]
     counts: NDArray[np.bool_]
     septic_before: NDArray[np.bool_]
+    stage: NDArray[np.int8]
     doses: tuple[str, ...] = ()
 
     def sequences(self, values: NDArray[Any]) -> list[NDArray[Any]]:
@@ -69,6 +71,7 @@ def rows(records: Records, preparation: Preparation, task: str) -> Rows:
         asked.label,
         asked.counts,
         septic_before(records),
+        stage(records),
         records.doses,
     )
 
@@ -166,10 +169,20 @@ def _logistic_regression(training: Rows, validation: Rows, seed: int) -> Trained
 # -------------------------------------------------------------------------------------------------- recurrent models
 
 
-def _recurrent(cell: str) -> Spec:
-    """A network of the cell with one output an hour; rows that do not count weigh nothing."""
+STAGED = (
+    "Recurrent networks were taught, beside the label, whether the onset is 12, 24 or 48 hours away; their score is "
+    "the probability of the label."
+)
 
-    def fit(training: Rows, validation: Rows, seed: int, **options: Any) -> Trained:
+
+def _recurrent(cell: str) -> Spec:
+    """A network of the cell with an output an hour; rows that do not count weigh nothing.
+
+    With `stages` it is taught the label and how near the onset is (`tasks.stage`) together, as classes; the score is
+    the sum of the probabilities of those with label 1.
+    """
+
+    def fit(training: Rows, validation: Rows, seed: int, *, stages: bool = False, **options: Any) -> Trained:
         from gatewise import SequenceClassifier
 
         if options.get("bidirectional"):
@@ -178,18 +191,26 @@ def _recurrent(cell: str) -> Spec:
                 "which nobody has seen yet; got True"
             )
 
-        def part(rows: Rows) -> tuple[list[Any], list[Any], None, list[Any] | None]:
-            weight = None if rows.counts.all() else rows.sequences(rows.counts)
-            return rows.sequences(rows.x), rows.sequences(rows.label), None, weight
+        def classes(rows: Rows) -> NDArray[np.int8]:
+            return 2 * rows.stage + rows.label if stages else rows.label  # odd: label 1
+
+        taught = np.unique(classes(training)[training.counts])
+
+        def part(rows: Rows) -> tuple[list[Any], list[Any], None, list[Any]]:
+            known = rows.counts & np.isin(classes(rows), taught)
+            return rows.sequences(rows.x), rows.sequences(classes(rows)), None, rows.sequences(known)
 
         network = SequenceClassifier(cell, random_state=seed, **options)
         network.fit(*part(training), validation_data=part(validation))
+        positive = network.classes_ % 2 == 1
 
         def score(rows: Rows) -> Scores:
-            return np.concatenate([p[:, 1] for p in network.predict_proba(rows.sequences(rows.x))]).astype(np.float64)
+            found = network.predict_proba(rows.sequences(rows.x))
+            return np.concatenate([p[:, positive].sum(axis=1, dtype=np.float64) for p in found])
 
         parameters = sum(weight.size for weight in network.network_.parameters.values())
-        return Trained(score, parameters, network.history_, network)
+        note = STAGED if stages else ""
+        return Trained(score, parameters, network.history_, network, note)
 
     return Spec("recurrent", fit)
 

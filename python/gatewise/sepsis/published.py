@@ -9,10 +9,14 @@ Everything is computed on packed rows: step by step, the rows of the patients th
 
 from __future__ import annotations
 
+import argparse
+import csv
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +25,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import torch as gatewise_torch
 from .. import training
-from .records import MEASURED, Records
+from ..backends import available_cores
+from ..layers import write_whole
+from . import metrics, tasks
+from .features import fit
+from .records import MEASURED, Records, read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,8 +110,6 @@ def vuno_features(masks: bool) -> Callable[[Records, Patients], list[NDArray[np.
     """Values carried forward (and, with `masks`, which were measured and the hours since), background, clock."""
 
     def build(records: Records, train: Patients) -> list[NDArray[np.float32]]:
-        from .features import fit
-
         features = fit(records.select(train))(records)
         keep = [j for j in range(len(features.names)) if masks or not V <= j < 3 * V]
         matrix = np.ascontiguousarray(features.matrix[:, keep])
@@ -192,10 +198,10 @@ def _vuno(name: str, masks: bool, decay: bool, auroc: float, auprc: float, utili
 
 ROWS = (
     _vuno("values carried forward", False, False, 0.773, 0.127, 0.287),
-    _vuno("+ masks, time since measured", True, False, 0.803, 0.138, 0.349),
-    _vuno("+ decay imputation, differences", True, True, 0.812, 0.136, 0.355),
+    _vuno("with masks and time since measured", True, False, 0.803, 0.138, 0.349),
+    _vuno("with decay imputation and differences too", True, True, 0.812, 0.136, 0.355),
     Row(
-        "3 LSTM layers, skip connections", "IADI", 0.798, 0.095, 0.386, Iadi, iadi_features,
+        "three LSTM layers with skip connections", "IADI", 0.798, 0.095, 0.386, Iadi, iadi_features,
         learning_rate=1e-4, batch_size=256, weight_decay=1e-5, max_epochs=40, splits=QUARTERS,
     ),
 )  # fmt: skip
@@ -220,8 +226,6 @@ def reproduce(
     Stops after three epochs without a lower validation loss. The threshold of the utility is the validation patients'
     best.
     """
-    from . import metrics, tasks
-
     start = time.perf_counter()
     parts = [np.isin(records.fold, list(folds)) for folds in row.splits[split]]
     sequences = row.features(records, parts[0])
@@ -289,3 +293,63 @@ def _all_logits(model: torch.nn.Module, data: training.Sequences) -> tuple[torch
             packed = model(torch.from_numpy(batch.x), torch.from_numpy(batch.batch_sizes))
             z[torch.from_numpy(batch.source)] = packed[torch.from_numpy(batch.rows)]
     return z, torch.from_numpy(data.targets[:, 0])
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+COLUMNS = ("paper", "row", "split", "seed", *(field.name for field in fields(Fitted)))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows that `main` has written: COLUMNS, numbers as numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    return [{k: v if k in ("paper", "row") else float(v) for k, v in row.items()} for row in kept]
+
+
+def side_by_side(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A dict a published row: ours, mean and deviation over the trainings, beside the printed numbers."""
+    table = []
+    for row in ROWS:
+        ours = [result for result in results if (result["paper"], result["row"]) == (row.paper, row.name)]
+        if not ours:
+            continue
+        line: dict[str, Any] = {"paper": row.paper, "row": row.name, "trainings": len(ours)}
+        for measure in ("auroc", "auprc", "utility"):
+            values = np.array([result[measure] for result in ours])
+            line[f"{measure} published"] = getattr(row, measure)
+            line[measure] = float(values.mean())
+            line[f"{measure} deviation"] = float(values.std(ddof=1)) if len(values) > 1 else None
+        table.append(line)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m gatewise.sepsis.published --data DIR --out FILE.csv`: a line a training, done ones are left out."""
+    parser = argparse.ArgumentParser(prog="python -m gatewise.sepsis.published", description=main.__doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="PhysioNet/CinC 2019 records")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="CSV that a line is added to")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each split; default: 3")
+    parser.add_argument("--paper", choices=["VUNO", "IADI"], help="default: both")
+    parser.add_argument("--threads", type=int, default=available_cores(), metavar="N", help="default: all cores")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    records = read(options.data, progress=True)
+    for seed in range(options.seeds):
+        for row in ROWS:
+            for split in range(len(row.splits)):
+                done = {(r["paper"], r["row"], r["split"], r["seed"]) for r in read_results(options.out)}
+                if options.paper not in (None, row.paper) or (row.paper, row.name, split, seed) in done:
+                    continue
+                fitted = asdict(reproduce(row, records, split, seed, partial(print, flush=True)))
+                line = {"paper": row.paper, "row": row.name, "split": split, "seed": seed, **fitted}
+                text = options.out.read_text() if options.out.exists() else ",".join(COLUMNS) + "\n"
+                added = ",".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in line.values())
+                write_whole(options.out, f"{text}{added}\n".encode())
+                print(added, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from .. import __version__
 from ..layers import write_whole
 from . import metrics, models, tasks
-from .features import fit
+from .features import Preparation, fit
 from .metrics import areas
 from .models import Model
 from .records import Records
@@ -35,6 +36,7 @@ __all__ = ["BEST", "Outcome", "Run", "Store", "areas", "parts", "run", "run_task
 
 CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}
 BEST = "best possible"
+EXAMINED = "examined "  # begins the names of what `examine` found, in the store
 BASELINE = "logistic regression"  # the differences in the tables are to this one
 
 
@@ -59,12 +61,13 @@ class Store:
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: of a file that is no archive, np.load would leave it open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 plain = json.loads(str(archive["plain"]))
                 if plain.pop("digest") != self.digest:
                     return None
                 return {**plain, **{name: archive[name] for name in archive.files if name != "plain"}}
-        except (OSError, ValueError, KeyError, EOFError):  # not there, or not one of ours: it is computed again
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not one of ours: it is computed again
             return None
 
 
@@ -77,11 +80,16 @@ def _packed(values: dict[str, Any], digest: str) -> bytes:
     return file.getvalue()
 
 
-def digest_of(records: Records, *settings: Any) -> str:
-    """A digest of the records, the settings and this version of gatewise."""
-    hashed = hashlib.sha256(repr((__version__, records.variables, settings)).encode())
-    for array in (records.measured, records.background, records.label, records.length, records.fold):
-        hashed.update(np.ascontiguousarray(array).tobytes())
+def digest(*settings: Any) -> str:
+    """A digest of settings, of the arrays of any records among them, and of this version of gatewise."""
+    hashed = hashlib.sha256(__version__.encode())
+    for one in settings:
+        if not isinstance(one, Records):
+            hashed.update(repr(one).encode())
+            continue
+        hashed.update(repr(one.variables).encode())
+        for array in (one.measured, one.background, one.label, one.length, one.fold):
+            hashed.update(np.ascontiguousarray(array).tobytes())
     return hashed.hexdigest()[:16]
 
 
@@ -90,7 +98,8 @@ def digest_of(records: Records, *settings: Any) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A model trained once: probabilities for the test and the validation patients' hours, float64; what it cost."""
+    """A model trained once: probabilities for the test and the validation patients' hours, float64; what it cost; what
+    `run_task`'s `examine` found in it."""
 
     seed: int
     test: Scores
@@ -98,6 +107,12 @@ class Run:
     seconds: float
     parameters: int
     history: list[dict[str, Any]]
+    note: str
+    examined: dict[str, Any]
+
+
+# (model, preparation, test rows) -> what was found, arrays and plain values by name.
+Examine = Callable[[Model, Preparation, models.Rows], "dict[str, Any]"]
 
 
 @dataclass(frozen=True)
@@ -128,33 +143,38 @@ def run_task(
     *,
     seeds: int = 1,
     trained_on: str | None = None,
+    examine: Examine | None = None,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Outcome:
     """Trains the models on a task, recurrent ones once for every seed, and scores them on the test patients.
 
-    `options` are those of `gatewise.SequenceClassifier`, the same for all cells.
+    `options` are those of `gatewise.SequenceClassifier`, the same for all cells. `examine` looks into each model while
+    it is there; what it returns, arrays and plain values by name, is kept with the scores.
 
     Raises:
         ValueError: a part of the split has rows of one kind of label only.
         ImportError: an extra is missing.
     """
     split = parts(records, task, trained_on)
-    prepared: list[models.Rows] = []  # made when a model has to be trained, not when all are read from the store
+    made: list[Any] = []  # when a model has to be trained, and not when all are read from the store
 
-    def rows() -> list[models.Rows]:
-        if not prepared:
+    def prepared() -> tuple[Preparation, models.Rows, models.Rows, models.Rows]:
+        if not made:
             preparation = fit(records.select(split[0]))
-            prepared.extend(models.rows(records.select(part), preparation, task) for part in split)
-        return prepared
+            made.extend([preparation, *(models.rows(records.select(part), preparation, task) for part in split)])
+        preparation, training, validation, test = made
+        return preparation, training, validation, test
 
     def trained(name: str, seed: int) -> dict[str, Any]:
-        training, validation, test = rows()
+        preparation, training, validation, test = prepared()
         recurrent = models.MODELS[name].kind == "recurrent"
         model = models.train(name, training, validation, seed, **(options if recurrent else {}))
+        found = examine(model, preparation, test) if examine else {}
         return {
             "test": model.score(test), "validation": model.score(validation), "seconds": model.seconds,
-            "parameters": model.parameters, "history": model.history,
+            "parameters": model.parameters, "history": model.history, "note": model.note,
+            **{f"{EXAMINED}{key}": value for key, value in found.items()},
         }  # fmt: skip
 
     outcome = Outcome(task, trained_on, records.select(split[2]), records.select(split[1]), {})
@@ -164,7 +184,8 @@ def run_task(
         for seed in range(repeats):
             key = f"{task} {trained_on or 'all'} {name} {seed}"
             found = store.get(key, partial(trained, name, seed))
-            outcome.runs.setdefault(name, []).append(Run(seed=seed, **found))
+            examined = {k[len(EXAMINED) :]: found.pop(k) for k in list(found) if k.startswith(EXAMINED)}
+            outcome.runs.setdefault(name, []).append(Run(seed=seed, examined=examined, **found))
             auroc, auprc = areas(counted.label[counted.counts], found["test"][counted.counts])
             cost = f"trained in {found['seconds']:.0f} s"
             say(f"{task}, {name}, seed {seed}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, {cost}")
@@ -200,45 +221,43 @@ def parts(
 
 
 def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[str, Any]]:
-    """A dict a model: areas with their intervals, the difference to `BASELINE`, areas in each group, cost.
+    """A dict a model: areas and the gain over `BASELINE` as (value, low, high), areas in each group, cost.
 
-    Intervals are of the patients drawn; what another seed would change is in the column `auroc of seeds`.
+    The intervals are over patients, by the bootstrap. Of a model trained with several seeds the scores are the mean
+    of their probabilities; "AUROC a seed" has each seed by itself.
     """
     target = tasks.target(outcome.test, outcome.task)
     patient = np.repeat(np.arange(outcome.test.length.size), outcome.test.length)[target.counts]
     label = target.label[target.counts]
     drawn = metrics.draws(outcome.test.length.size, replicates)
     scores = {name: score[target.counts] for name, score in outcome.scores().items()}
-    found = {name: metrics.replicated_areas(label, score, patient, drawn) for name, score in scores.items()}
+    drawn_areas = {name: metrics.replicated_areas(label, score, patient, drawn) for name, score in scores.items()}
+    base, drawn_base = (areas(label, scores[BASELINE]), drawn_areas[BASELINE]) if BASELINE in scores else (None, None)
     groups = np.unique(outcome.test.group)
     group = outcome.test.group[patient]
     rows = []
     for name, score in scores.items():
         auroc, auprc = areas(label, score)
         runs = outcome.runs.get(name, [])
-        row: dict[str, Any] = {"model": name, "auroc": auroc}
-        row["auroc low"], row["auroc high"] = _ends(metrics.interval(auroc, found[name][:, 0]))
-        row["auprc"] = auprc
-        row["auprc low"], row["auprc high"] = _ends(metrics.interval(auprc, found[name][:, 1]))
-        if BASELINE in scores:
-            gains = found[name][:, 0] - found[BASELINE][:, 0]
-            more = metrics.interval(auroc - areas(label, scores[BASELINE])[0], gains)
-            row["auroc gain"], row["gain low"], row["gain high"] = more.value, more.low, more.high
-        if outcome.task == "official" and runs:
-            row["utility"] = utility(outcome, name)
-        single = [areas(label, run.test[target.counts])[0] for run in runs] if len(runs) > 1 else []
-        row["auroc of seeds"] = " ".join(f"{value:.3f}" for value in single) or None
+        row: dict[str, Any] = {
+            "model": name,
+            "kind": models.MODELS[name].kind if runs else "truth",
+            "AUROC": metrics.interval(auroc, drawn_areas[name][:, 0]),
+            "AUPRC": metrics.interval(auprc, drawn_areas[name][:, 1]),
+        }
+        if base is not None and drawn_base is not None:
+            row["AUROC gained"] = metrics.interval(auroc - base[0], drawn_areas[name][:, 0] - drawn_base[:, 0])
+        if outcome.task == "official":
+            row["utility"] = utility(outcome, name) if runs else None
         for one in groups if len(groups) > 1 else ():
             part = group == one
-            row[f"auroc {one}"], row[f"auprc {one}"] = areas(label[part], score[part])
+            row[f"AUROC {one}"], row[f"AUPRC {one}"] = areas(label[part], score[part])
+        single = [areas(label, run.test[target.counts])[0] for run in runs] if len(runs) > 1 else []
+        row["AUROC a seed"] = " ".join(f"{value:.3f}" for value in single) or None
         row["seconds"] = float(np.mean([run.seconds for run in runs])) if runs else None
         row["parameters"] = runs[0].parameters if runs else None
         rows.append(row)
     return rows
-
-
-def _ends(interval: metrics.Interval) -> tuple[float, float]:
-    return interval.low, interval.high
 
 
 def utility(outcome: Outcome, name: str) -> float:

@@ -58,6 +58,19 @@ def septic_before(records: Records) -> NDArray[np.bool_]:
     return _row(records) - 1 >= np.repeat(_latest_onset(records), records.length)
 
 
+STAGES = (48, 24, 12, HORIZON)  # hours before the onset at which the next stage begins
+
+
+def stage(records: Records) -> NDArray[np.int8]:
+    """[R]: how near the onset is, 0 (more than 48 hours, or never) to 4 (within `HORIZON` hours, or it has begun).
+
+    What a network can learn beside the label: of a patient who will be septic tomorrow it learns something today.
+    """
+    hours = np.repeat(_latest_onset(records), records.length) - _row(records)
+    near = np.sum([hours <= limit for limit in STAGES], axis=0, dtype=np.int8)
+    return np.where(records.label == 1, np.int8(len(STAGES)), near)
+
+
 def _first_positive(records: Records) -> NDArray[np.int64]:
     """[P]: the first row with label 1 within each patient, or `NEVER`."""
     first = np.full(records.length.size, NEVER, np.int64)
