@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gatewise.sepsis.records import Records
+from gatewise.sepsis.records import Records, read
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("GATEWISE_DATA", HERE.parent / "shared/data/sepsis2019"))
 real = pytest.mark.skipif(not list(DATA.glob("*.npz")), reason=f"no records in {DATA} (set GATEWISE_DATA)")
+
+
+@lru_cache(maxsize=1)
+def everybody() -> Records:
+    """All real patients, read once."""
+    return read(DATA)
 
 
 def cut(table: Records, hours: int) -> Records:

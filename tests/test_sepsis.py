@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from gatewise import sepsis
 from gatewise.sepsis import cohort, features, records, study
-from patients import DATA, real
+from patients import everybody, real
 
 # ---- readers -----------------------------------------------------------------------------------------------
 
@@ -363,14 +363,9 @@ def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> Non
 # ---- the real records --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def everybody() -> records.Records:
-    return sepsis.read(DATA)
-
-
 @real
-def test_the_real_records_are_those_published(everybody: records.Records) -> None:
-    a, b = (everybody.select(everybody.group == group) for group in "AB")
+def test_the_real_records_are_those_published() -> None:
+    a, b = (everybody().select(everybody().group == group) for group in "AB")
     assert (a.length.size, a.label.size, int(a.label.sum())) == (20_336, 790_215, 17_136)
     assert (b.length.size, b.label.size, int(b.label.sum())) == (20_000, 761_995, 10_780)
     assert (a.patient[0], b.patient[0], a.length.min(), a.length.max()) == ("p000001", "p100001", 8, 336)

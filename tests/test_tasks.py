@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gatewise import sepsis
 from gatewise.sepsis import cohort, records, tasks
-from patients import DATA, real
+from patients import everybody, real
 
 
 def patients(*labels: str, clock: tuple[int, ...] | None = None) -> records.Records:
@@ -104,7 +103,7 @@ def test_an_unknown_task_is_a_sentence() -> None:
 @real
 def test_counts_of_the_real_records() -> None:
     """Rows that count and rows of label 1, in hospital A and B, as the data's description has them."""
-    table = sepsis.read(DATA)
+    table = everybody()
     a = table.rows_of(table.group == "A")
     expected = {
         "official": (790_215, 17_136, 761_995, 10_780),

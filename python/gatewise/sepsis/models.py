@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .features import Preparation, split_rows
+from .features import GROUPS, Preparation, split_rows
 from .records import Records
 from .tasks import septic_before, stage, target
 
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float64]
 
 BLOCK = 65_536  # rows that are scored at once, to bound the memory
+
+LAGS = (6, 12, 24)  # hours: the label's horizon, half a day, a day; chosen by hand before any fit, never tuned
+SVM_HOURS = 3_000  # of either label; scoring costs as many kernel values as there are hours, times these
+MLP_HIDDEN, MLP_EPOCHS, MLP_PATIENCE = (64, 32), 12, 3
+TREES = 150
+# Hours of label 0 for each of label 1 that are trained on, where taking all costs minutes.
+MLP_PER_POSITIVE, TREES_PER_POSITIVE, GLM_PER_POSITIVE = 10, 6, 5
+CALIBRATED = "made a probability by logistic regression on the validation patients (Platt)"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,11 @@ class Rows:
     septic_before: NDArray[np.bool_]
     stage: NDArray[np.int8]
     doses: tuple[str, ...] = ()
+
+    @property
+    def first_row(self) -> NDArray[np.int64]:
+        """int64 [R]: the first row of the patient each row belongs to."""
+        return np.repeat(self.offset[:-1], np.diff(self.offset))
 
     def sequences(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         """`values` [R, ...] patient by patient: views."""
@@ -158,12 +171,238 @@ def _logistic_regression(training: Rows, validation: Rows, seed: int) -> Trained
     """Logistic regression of the label on the features of the hour, standardised by the training rows."""
     from sklearn.linear_model import LogisticRegression
 
-    x = training.x[training.counts]
-    scale = np.maximum(x.std(axis=0), 1e-6)  # a feature that never varies stays at 0 or 1
-    x /= scale
-    model = LogisticRegression(tol=1e-5, max_iter=500).fit(x, training.label[training.counts])
-    weight, bias = (model.coef_[0] / scale).astype(np.float64), float(model.intercept_[0])
+    x, label, scale = _standardised(training)
+    # float64: in float32 the Hessian of this solver is singular. A few steps, where L-BFGS takes hundreds.
+    model = LogisticRegression(solver="newton-cholesky", tol=1e-8).fit(x.astype(np.float64), label)
+    weight, bias = model.coef_[0] / scale, float(model.intercept_[0])
     return Trained(lambda rows: _sigmoid(_linear(rows.x, weight) + bias), weight.size + 1)
+
+
+def _naive_bayes(training: Rows, validation: Rows, seed: int) -> Trained:
+    """Gaussian naive Bayes on the features of the hour."""
+    from sklearn.naive_bayes import GaussianNB
+
+    model = GaussianNB().fit(training.x[training.counts], training.label[training.counts])
+
+    def log_odds(rows: Rows) -> Scores:
+        joint = _blockwise(lambda x: model.predict_joint_log_proba(x.astype(np.float64)), rows.x)
+        return np.asarray(joint[:, 1] - joint[:, 0])
+
+    parameters = model.theta_.size + model.var_.size + 1
+    note = "it takes features for independent, which they are not, so its log-odds run to hundreds; " + CALIBRATED
+    return _calibrated(log_odds, validation, parameters, note)
+
+
+def _linear_svm(training: Rows, validation: Rows, seed: int) -> Trained:
+    """Linear support vector machine: hinge loss, both labels of the same weight, features as for logistic regression.
+
+    By stochastic gradient descent, averaged: five passes.
+    """
+    from sklearn.linear_model import SGDClassifier
+
+    x, label, scale = _standardised(training)
+    model = SGDClassifier(
+        "hinge", alpha=1e-5, class_weight="balanced", average=True, max_iter=5, tol=None, random_state=seed
+    ).fit(x, label)
+    weight = (model.coef_[0] / scale).astype(np.float64)
+    return _calibrated(lambda rows: _linear(rows.x, weight), validation, weight.size, CALIBRATED)
+
+
+def _rbf_svm(training: Rows, validation: Rows, seed: int) -> Trained:
+    """Support vector machine with a Gaussian kernel, on a sample of hours: training takes their number squared.
+
+    The sample has as many hours of label 1 as of label 0, at most `SVM_HOURS` of either.
+    """
+    from sklearn.svm import SVC
+
+    index, _ = _sample(training, 1, seed, SVM_HOURS)
+    x, label = training.x[index], training.label[index]
+    gamma = 1 / max(x.shape[1] * float(x.var()), 1e-6)
+    model = SVC(C=1.0, gamma=gamma, cache_size=500).fit(x, label)
+    vectors, alpha = model.support_vectors_.astype(np.float32), model.dual_coef_[0].astype(np.float32)
+
+    def decision(rows: Rows) -> Scores:
+        return _blockwise(lambda x: np.einsum("rs,s->r", _kernel(x, vectors, gamma), alpha), rows.x, BLOCK // 16)
+
+    note = f"trained on {index.size:,} of {int(training.counts.sum()):,} hours, half of label 1; " + CALIBRATED
+    return _calibrated(decision, validation, alpha.size * (1 + vectors.shape[1]), note)
+
+
+def _kernel(x: NDArray[np.float32], vectors: NDArray[np.float32], gamma: float) -> NDArray[np.float32]:
+    """exp(-gamma |x - v|^2), [R, S]: the distances are one layer of the recurrent kernels, stopped at its first step.
+
+    relu(W x + b) of a product that gives a row the same bits wherever it stands; a distance is not negative, so relu
+    only takes off what rounding left below 0.
+    """
+    from gatewise import IndRNN
+
+    squares = np.square(vectors).sum(axis=1)
+    layer = IndRNN(vectors.shape[1] + 1, len(vectors))
+    for parameter in layer.parameters.values():
+        parameter[:] = 0
+    layer.parameters["weight_ih_l0"][:] = np.concatenate([-2 * vectors, np.ones_like(squares)[:, None]], axis=1)
+    layer.parameters["bias_ih_l0"][:] = squares
+    with_square = np.concatenate([x, np.einsum("rf,rf->r", x, x)[:, None]], axis=1)
+    distance = layer.forward(with_square[None], training=False)[0][0]
+    distance *= np.float32(-gamma)
+    return np.asarray(np.exp(distance, out=distance))
+
+
+def _mlp(training: Rows, validation: Rows, seed: int) -> Trained:
+    """A deep network of the hour's features: two hidden layers, Adam; validation patients choose the epoch."""
+    from sklearn.neural_network import MLPClassifier
+
+    index, shift = _sample(training, MLP_PER_POSITIVE, seed)
+    x, label = training.x[index], training.label[index]
+    # A generator, not the seed: partial_fit would draw the same order from that in every epoch.
+    model = MLPClassifier(MLP_HIDDEN, alpha=1e-4, batch_size=min(256, len(x)), random_state=np.random.RandomState(seed))
+    history: list[dict[str, Any]] = []
+    best: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    def log_odds(rows: Rows, layers: list[tuple[NDArray[Any], NDArray[Any]]]) -> Scores:
+        def forward(x: NDArray[np.float32]) -> NDArray[Any]:
+            for weight, bias in layers[:-1]:
+                x = np.maximum(np.einsum("rf,hf->rh", x, weight) + bias, 0)
+            weight, bias = layers[-1]
+            return np.asarray(np.einsum("rf,f->r", x, weight[0]) + bias[0])
+
+        return _blockwise(forward, rows.x) + shift
+
+    for epoch in range(1, MLP_EPOCHS + 1):
+        start = time.perf_counter()
+        model.partial_fit(x, label, classes=[0, 1])
+        layers = [(np.array(w.T, order="C"), b.copy()) for w, b in zip(model.coefs_, model.intercepts_)]
+        val_loss = _log_loss(log_odds(validation, layers), validation)
+        if all(val_loss < one["val_loss"] for one in history):
+            best = layers
+        seconds = time.perf_counter() - start
+        history.append({"epoch": epoch, "train_loss": float(model.loss_), "val_loss": val_loss, "seconds": seconds})
+        if epoch - min(history, key=lambda one: one["val_loss"])["epoch"] >= MLP_PATIENCE:
+            break
+    parameters = sum(weight.size + bias.size for weight, bias in best)
+    return Trained(lambda rows: _sigmoid(log_odds(rows, best)), parameters, history, note=_sampled(index, training))
+
+
+def _gradient_boosting(training: Rows, validation: Rows, seed: int) -> Trained:
+    """Gradient-boosted trees on the features of the hour; their number is fixed, nothing is held out."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    index, shift = _sample(training, TREES_PER_POSITIVE, seed)
+    model = HistGradientBoostingClassifier(
+        learning_rate=0.06, max_iter=TREES, early_stopping=False, random_state=seed
+    ).fit(training.x[index], training.label[index])
+    leaves = model.n_iter_ * model.max_leaf_nodes  # at most; a tree has a split less than leaves, of two numbers
+    parameters = leaves + 2 * (leaves - model.n_iter_)
+
+    def score(rows: Rows) -> Scores:
+        return _sigmoid(_blockwise(model.decision_function, rows.x) + shift)
+
+    return Trained(score, parameters, note=_sampled(index, training))
+
+
+# ---------------------------------------------------------------------------------------------- autoregressive models
+
+
+def _autoregressive(order: int) -> Spec:
+    """The label given s(t - 1) .. s(t - k), s being whether sepsis had begun: what is known of past responses.
+
+    Sepsis that has begun stays, so of these lags only k + 1 patterns occur: as many as the model has coefficients, and
+    its fit, by maximum likelihood under any link and by least squares alike, is the frequency of label 1 with each
+    pattern. Counting them is exact where an optimiser has no finite answer (after the onset every label is 1). In
+    hours at risk there is one pattern only, and the model is the base rate.
+    """
+
+    def pattern(rows: Rows) -> NDArray[np.int64]:
+        """[R]: s(t - 1) + 2 s(t - 2) + 4 s(t - 3) ...; 0 before the record."""
+        hour = np.arange(len(rows.label)) - rows.first_row
+        known = rows.septic_before.astype(np.int64)
+        bits = np.zeros(len(known), np.int64)
+        for back in range(order):
+            bits[back:] |= np.where(hour[back:] >= back, known[: len(known) - back], 0) << back
+        return bits
+
+    def fit(training: Rows, validation: Rows, seed: int) -> Trained:
+        label = training.label[training.counts]
+        seen = pattern(training)[training.counts]
+        count, positive = np.bincount(seen, minlength=2**order), np.bincount(seen, label, minlength=2**order)
+        share = np.where(count > 0, positive / np.maximum(count, 1), label.mean())  # the base rate where none was seen
+        return Trained(lambda rows: share[pattern(rows)], order + 1)
+
+    return Spec("autoregressive", fit)
+
+
+# ------------------------------------------------------------------------------------- generalised linear models
+
+
+def _glm(covariates: bool, lags: tuple[int, ...]) -> Spec:
+    """Binomial GLM with logit link of the label on s(t - 1), the covariates x_t, and lags of them chosen by hand.
+
+    Covariates: the values carried forward, the background, the hours in intensive care; of a dose, whether it is given
+    this hour and how much. No masks and no hours since, which are a memory of their own. With lags a, b, c: the values
+    so many hours back, and the doses given in hours 1 to a, a + 1 to b, b + 1 to c back.
+    """
+
+    def design(rows: Rows, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[n, K] of the rows chosen by their numbers, [n]."""
+        parts: list[NDArray[Any]] = [rows.septic_before[index, None]]
+        if covariates:
+            first = rows.first_row[index]
+            derived = {name + suffix for name in rows.names for suffix, _, _ in GROUPS[1:]}
+            plain = [name for name in rows.names if name not in derived and name not in rows.doses]
+            values = [rows.names.index(name) for name in plain]
+            lagged = [rows.names.index(name) for name in plain if f"{name} measured" in rows.names]
+            doses = [rows.names.index(name) for name in rows.doses]
+            given = [rows.names.index(f"{name} measured") for name in rows.doses]
+
+            def back(columns: list[int], hours: int) -> NDArray[np.float64]:
+                """The columns so many hours before; 0 before the record."""
+                row = np.maximum(index - hours, first)
+                return np.where((index - hours == row)[:, None], rows.x[row[:, None], columns], 0.0)
+
+            def dosed(hours: range) -> list[NDArray[np.float64]]:
+                """How often, and how much beyond the mean, each drug was given so many hours before."""
+                both = [(back(given, hour), back(doses, hour)) for hour in hours]
+                return [sum((g for g, _ in both), np.zeros(1)), sum((g * d for g, d in both), np.zeros(1))]
+
+            parts.append(back(values, 0))
+            if doses:
+                parts += dosed(range(1))
+            for start, end in zip((0, *lags), lags):
+                parts.append(back(lagged, end))
+                if doses:
+                    parts += dosed(range(start + 1, end + 1))
+        return np.concatenate(parts, axis=1, dtype=np.float64)
+
+    def fit(training: Rows, validation: Rows, seed: int) -> Trained:
+        from statsmodels.genmod.families import Binomial
+        from statsmodels.genmod.generalized_linear_model import GLM
+
+        index, shift = _sample(training, GLM_PER_POSITIVE, seed)
+        x, label = design(training, index), training.label[index]
+        # Coefficients without a finite or a unique estimate (after the onset every label is 1; some features are the
+        # same twice) get one by a weak prior, log-F(1, 1): two observations of weight 1/2 each, with either label,
+        # on which this covariate alone is 1 (Greenland and Mansournia, Stat Med 2015;34:3133).
+        k = x.shape[1]
+        prior = np.repeat(np.eye(k), 2, axis=0)
+        x = np.concatenate([np.concatenate([np.ones(len(x)), np.zeros(2 * k)])[:, None], np.concatenate([x, prior])], 1)
+        label = np.concatenate([label, np.tile([0.0, 1.0], k)])
+        weight = np.concatenate([np.ones(index.size), np.full(2 * k, 0.5)])
+        start = np.zeros(k + 1)
+        start[0] = np.log(label[: index.size].mean() / (1 - label[: index.size].mean()))
+        fitted = GLM(label, x, family=Binomial(), freq_weights=weight).fit(
+            method="newton", start_params=start, max_start_irls=0, maxiter=100, disp=False
+        )
+        bias, coefficients = fitted.params[0] + shift, fitted.params[1:]
+
+        def score(rows: Rows) -> Scores:
+            every = np.arange(len(rows.label))
+            return _sigmoid(
+                _blockwise(lambda some: np.einsum("rk,k->r", design(rows, some), coefficients), every) + bias
+            )
+
+        return Trained(score, k + 1, note=_sampled(index, training))
+
+    return Spec("GLM", fit)
 
 
 # -------------------------------------------------------------------------------------------------- recurrent models
@@ -215,23 +454,90 @@ def _recurrent(cell: str) -> Spec:
     return Spec("recurrent", fit)
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------------ what they share
+
+
+def _standardised(training: Rows) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.float32]]:
+    """Features of deviation 1 and labels of the rows that count, and what the features were divided by, [F]."""
+    x = training.x[training.counts]
+    scale = np.maximum(x.std(axis=0), 1e-6)  # a feature that never varies stays at 0 or 1
+    x /= scale
+    return x, training.label[training.counts], scale
+
+
+def _sample(
+    training: Rows, per_positive: int, seed: int, positives: int | None = None
+) -> tuple[NDArray[np.int64], float]:
+    """Hours of label 1, all or at most so many, and for each at most `per_positive` of label 0, drawn by the seed.
+
+    Returns their row numbers, rising, and what brings log-odds fitted to them back to all hours: the log of the share
+    of label 0 taken over the share of label 1 taken. For a logistic model that is exact (Prentice and Pyke, Biometrika
+    1979;66:403).
+    """
+    random = np.random.default_rng(seed)
+    of_label = [np.flatnonzero(training.counts & (training.label == one)) for one in (0, 1)]
+    taken = [0, min(of_label[1].size, positives or of_label[1].size)]
+    taken[0] = min(of_label[0].size, per_positive * taken[1])
+    chosen = [random.choice(rows, n, replace=False) for rows, n in zip(of_label, taken)]
+    shares = [n / rows.size for rows, n in zip(of_label, taken)]
+    return np.sort(np.concatenate(chosen)), float(np.log(shares[0] / shares[1]))
+
+
+def _sampled(index: NDArray[np.int64], training: Rows) -> str:
+    every = int(training.counts.sum())
+    if index.size == every:
+        return ""
+    return f"trained on {index.size:,} of {every:,} hours, all of label 1 among them; the log-odds are corrected for it"
+
+
+def _calibrated(score: Callable[[Rows], Scores], validation: Rows, parameters: int, note: str) -> Trained:
+    """Probabilities from a score that is none: logistic regression of the label on it, on the validation patients."""
+    from sklearn.linear_model import LogisticRegression
+
+    z = score(validation)[validation.counts]
+    mean, deviation = z.mean(), max(z.std(), 1e-12)
+    platt = LogisticRegression(solver="newton-cholesky", tol=1e-8).fit(
+        (z - mean)[:, None] / deviation, validation.label[validation.counts]
+    )
+    slope = platt.coef_[0, 0] / deviation
+    bias = platt.intercept_[0] - slope * mean
+    return Trained(lambda rows: _sigmoid(slope * score(rows) + bias), parameters + 2, note=note)
+
+
+def _blockwise(function: Callable[[Any], NDArray[Any]], rows: NDArray[Any], block: int = BLOCK) -> NDArray[np.float64]:
+    """A function of rows [R, ...], block by block to bound the memory; its results, [R, ...]."""
+    parts = [function(rows[start : start + block]) for start in range(0, len(rows), block)]
+    return np.concatenate(parts, dtype=np.float64)
 
 
 def _linear(x: NDArray[np.float32], weight: NDArray[np.float64]) -> Scores:
     """x [R, F] times weight [F] in float64: row by row the same sum in the same order, however many rows there are."""
-    z = np.empty(len(x))
-    for start in range(0, len(x), BLOCK):
-        z[start : start + BLOCK] = np.einsum("rf,f->r", x[start : start + BLOCK].astype(np.float64), weight)
-    return z
+    return _blockwise(lambda some: np.einsum("rf,f->r", some.astype(np.float64), weight), x)
 
 
 def _sigmoid(z: Scores) -> Scores:
-    return 1 / (1 + np.exp(-z))
+    """Where exp would overflow, the last number that it would not: the probability is 0 to 300 digits."""
+    return 1 / (1 + np.exp(-np.maximum(z, -700)))
+
+
+def _log_loss(log_odds: Scores, rows: Rows) -> float:
+    """Mean over the rows that count."""
+    z, label = log_odds[rows.counts], rows.label[rows.counts]
+    return float(np.mean(np.logaddexp(0, np.where(label == 1, -z, z))))
 
 
 MODELS = {
     "logistic regression": Spec("non-temporal", _logistic_regression),
+    "naive Bayes": Spec("non-temporal", _naive_bayes),
+    "linear SVM": Spec("non-temporal", _linear_svm),
+    "RBF SVM": Spec("non-temporal", _rbf_svm),
+    "MLP": Spec("non-temporal", _mlp),
+    "gradient boosting": Spec("non-temporal", _gradient_boosting),
+    "AR(1)": _autoregressive(1),
+    "AR(6)": _autoregressive(6),
+    "GLM AR(1)": _glm(covariates=False, lags=()),
+    "GLM covariates": _glm(covariates=True, lags=()),
+    "GLM lags": _glm(covariates=True, lags=LAGS),
     "RNN": _recurrent("rnn"),
     "GRU": _recurrent("gru"),
     "LSTM": _recurrent("lstm"),
