@@ -239,23 +239,22 @@ def test_each_unit_becomes_that_of_the_variable(
 
 def test_a_row_holds_its_hour_the_last_value_and_the_sums(tmp_path: Path) -> None:
     """Hours are [k, k + 1); the last value counts; of equal times arterial pressure goes before the cuff."""
-    got, report = read(
-        tmp_path,
-        made_up(
-            4.5,
-            CHARTEVENTS=[
-                chart(220045, -0.01, 60), chart(220045, 0, 61), chart(220045, 0.5, 63), chart(220045, 0.25, 62),
-                chart(211, 1.99, 64), chart(220045, 2, 65), chart(220045, 4.5, 66), chart(220045, 4.51, 67),
-                chart(220045, 2.5, 80), chart(220045, 2.5, 81), chart(220045, 2.9, 99, ERROR=1),
-                chart(220050, 1, 120), chart(220179, 1, 110), chart(455, 0.9, 90), chart(51, 0.8, 100),
-                chart(225664, 3, 150, VALUENUM=""), {**chart(220045, 3, 70), "CHARTTIME": ""},
-                chart(220045, 3, 71, SUBJECT_ID=8),
-            ],
-            OUTPUTEVENTS=[
-                chart(226559, 1.2, 50), chart(226560, 1.9, 25), chart(226559, 3, 10), chart(226559, 3, 5, ISERROR=1)
-            ],
-        ),
+    tables = made_up(
+        4.5,
+        CHARTEVENTS=[
+            chart(220045, -0.01, 60), chart(220045, 0, 61), chart(220045, 0.5, 63), chart(220045, 0.25, 62),
+            chart(211, 1.99, 64), chart(220045, 2, 65), chart(220045, 4.5, 66), chart(220045, 4.51, 67),
+            chart(220045, 2.5, 80), chart(220045, 2.5, 81), chart(220045, 2.9, 99, ERROR=1),
+            chart(220050, 1, 120), chart(220179, 1, 110), chart(455, 0.9, 90), chart(51, 0.8, 100),
+            chart(225664, 3, 150, VALUENUM=""), {**chart(220045, 3, 70), "CHARTTIME": ""},
+            chart(220045, 3, 71, SUBJECT_ID=8),
+        ],
+        OUTPUTEVENTS=[
+            chart(226559, 1.2, 50), chart(226560, 1.9, 25), chart(226559, 3, 10), chart(226559, 3, 5, ISERROR=1)
+        ],
     )  # fmt: skip
+    got, report = read(tmp_path, tables)
+    assert_same(read(tmp_path, tables, block=60)[0], got)
     assert got.length.tolist() == [5] and got.clock.tolist() == [1, 2, 3, 4, 5]
     expect(got, "HR", {0: 63, 1: 64, 2: 81, 4: 66})
     expect(got, "SBP", {0: 90, 1: 120})
@@ -389,6 +388,33 @@ def test_carevue_doses_stand_where_they_were_charted_by_the_weight_known_then(tm
     want = {1: 400 / mimic.WEIGHT, 3: 6, 4: 40_000 / 100 / 100 + 2 * 2.5 / 100}
     np.testing.assert_allclose([column(got, "Vasopressor")[hour] for hour in want], list(want.values()), rtol=1e-6)
     assert np.isfinite(column(got, "Vasopressor")).sum() == 3
+
+
+def test_the_highest_rate_of_an_hour_makes_the_points_of_circulation(tmp_path: Path) -> None:
+    """A rate that is not per kg is divided by the weight: 100 kg from hour 3 on, 50 kg in MetaVision's rows."""
+
+    def charted(item: int, hours: float, rate: float, unit: str) -> dict[str, Any]:
+        return {"ITEMID": item, "CHARTTIME": at(hours), "RATE": rate, "RATEUOM": unit}
+
+    cv = [
+        charted(30120, 1, 0.05, "mcgkgmin"), charted(30047, 26, 8, "mcgmin"), charted(30047, 51, 11, "mcgmin"),
+        charted(30120, 76, 0.2, "mcgkgmin"), charted(30120, 76.5, 0.05, "mcgkgmin"), charted(30043, 101, 5, "mcgkgmin"),
+        charted(30042, 126, 3, "mcgkgmin"),
+    ]  # fmt: skip
+    mv = [
+        drip(221906, 151, 153, 1, "mg", 0.3, "mg/hour"), drip(221906, 177, 179, 1, "mg", 0.31, "mg/hour"),
+        drip(221662, 203.5, 205, 1, "mg", 5.5, "mcg/kg/min"), drip(221289, 230, 231, 1, "mg", 6, "mcg/min"),
+    ]  # fmt: skip
+    weight = [chart(763, 3, 100, "kg")]
+    sofa_of = read(tmp_path, made_up(256, CHARTEVENTS=weight, INPUTEVENTS_CV=cv, INPUTEVENTS_MV=mv))[1].sofa
+    points = {
+        1: (3, 24), 26: (3, 24), 51: (4, 24), 76: (4, 24), 101: (2, 24), 126: (2, 24), 151: (3, 25), 177: (4, 25),
+        203: (3, 25), 230: (4, 24),
+    }  # fmt: skip
+    want = np.zeros(256, np.int8)
+    for hour, (worth, lasts) in points.items():
+        want[hour : hour + lasts] = worth
+    assert sofa_of.tolist() == want.tolist()
 
 
 def test_antibiotics_are_counted_where_they_begin(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cohort import HORIZON
 from .mimic_items import (
     ANTIBACTERIALS,
     ARTERIAL,
@@ -53,7 +54,7 @@ from .mimic_items import (
     spelling,
 )
 from .records import BACKGROUND, MEASURED, Records, fold_of
-from .sofa import EARLY, held, onset, points, suspicions
+from .sofa import held, onset, points, suspicions
 
 if TYPE_CHECKING:
     import polars as pl
@@ -158,6 +159,7 @@ def _read(tables: dict[str, _Table]) -> tuple[Records, Report]:
     grid = _Grid(stays)
     _chart(tables["CHARTEVENTS"], grid, left_out)
     _labs(tables["LABEVENTS"], grid)
+    grid.when.clear()  # all that is left are sums
     _urine(tables["OUTPUTEVENTS"], grid, left_out)
     weight = held(grid.columns["Weight"], stays.first_row)
     weight = np.where(np.isnan(weight), np.float32(WEIGHT), weight)
@@ -190,7 +192,7 @@ def _records(stays: _Stays, grid: _Grid, begins: Floats) -> Records:
         measured[:, j] = grid.columns.pop(name)  # each is freed as it is copied
     hour = np.arange(stays.offset[-1]) - stays.first_row
     with np.errstate(invalid="ignore"):
-        label = hour >= np.repeat(np.floor(begins) - EARLY, stays.rows)
+        label = hour >= np.repeat(np.floor(begins) - HORIZON, stays.rows)
     return Records(
         measured=measured, variables=names,
         background=np.repeat(stays.background, stays.rows, axis=0), background_names=BACKGROUND,
@@ -266,7 +268,7 @@ def _stays(tables: dict[str, _Table], left_out: dict[str, int]) -> _Stays:
     background = np.stack(
         [
             np.where(age > OLDEST - 1, OLDEST, np.floor(age)), male(table, subject), unit == "MICU",
-            np.isin(unit, ["SICU", "TSICU"]), np.minimum(into_hospital - begin, 0) / HOUR,
+            np.isin(unit, ["SICU", "TSICU"]), (into_hospital - begin) / HOUR,
         ],
         axis=1,
     ).astype(np.float32)  # fmt: skip

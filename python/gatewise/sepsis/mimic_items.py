@@ -173,7 +173,7 @@ GIVEN = _items(
 PER_KG = ("Vasopressor", "Dobutamine")
 # Rates in ug/kg/min; one whose unit has no "kg" is divided by the weight.
 RATE = {
-    **_same("mcg/kg/min", "mcg/min"), "mgmin": (1e3, 0.0),
+    **_same("mcg/kg/min", "mcg/min"), **dict.fromkeys(("mgkgmin", "mgmin"), (1e3, 0.0)),
     **dict.fromkeys(("mcghr", "mcghour"), (1 / 60, 0.0)), **dict.fromkeys(("mghr", "mghour"), (1e3 / 60, 0.0)),
 }  # fmt: skip
 RATED = _items(

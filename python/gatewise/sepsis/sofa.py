@@ -23,7 +23,6 @@ DAY = 24 * 3600
 CULTURE_AFTER, ANTIBIOTIC_AFTER = DAY, 3 * DAY  # seconds: culture after antibiotic, antibiotic after culture
 BEFORE, AFTER = 48, 24  # hours around the suspicion in which SOFA must rise
 RISE = 2
-EARLY = 6  # hours before sepsis from which on the label is 1, as in the challenge
 
 
 def held(value: NDArray[np.float32], first_row: NDArray[np.int64], hours: int | None = None) -> NDArray[np.float32]:
