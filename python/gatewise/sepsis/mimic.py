@@ -2,7 +2,7 @@
 
 Invariant: a row of a stay holds what was charted, drawn or given in its hour, [intime + k h, intime + (k + 1) h),
 and nothing later; the label alone looks ahead. Tables are read in blocks of whole lines and only what is placed
-in a row is kept: memory is that of the rows, not of the tables. Nothing is written.
+in a row is kept: memory is that of the rows, 0.4 KB each, and not of the tables. Nothing is written.
 
 MIMIC-III: Johnson et al., Sci Data 2016;3:160035. The open demo (lower case, .csv.gz) and the credentialed files
 (upper case, .csv or .csv.gz) are read by the same code.
@@ -125,11 +125,11 @@ def read_mimic(directory: str | Path, progress: bool = False) -> Records:
     carevue or metavision. Unit1 is the medical ICU, Unit2 the surgical one or trauma's; coronary care and
     cardiac surgery are neither.
 
-    The label is Sepsis-3 (see `sofa`), 1 from 6 h before sepsis begins, as in the PhysioNet 2019 challenge. Other
-    than there the record of a septic stay is not cut 3 h after that: it runs to discharge, with label 1; the
-    rise of SOFA is looked for 48 h before to 24 h after the suspicion, as Seymour et al. have it, not 24 h before
-    to 12 h after; antibiotics need not go on for 72 h; and stays whose sepsis began before or soon after admission are
-    not left out (they are positive from row 0).
+    The label is Sepsis-3 (see `sofa`), 1 from 6 h before sepsis begins, as in the PhysioNet 2019 challenge, from
+    which it differs in four ways. A septic record is not cut 3 h after the onset: it runs to discharge, with label
+    1. SOFA may rise from 48 h before to 24 h after the suspicion, as Seymour et al. have it, and not from 24 h
+    before to 12 h after. Antibiotics need not go on for 72 h. Stays whose sepsis began before admission or soon
+    after it are in; they are positive from row 0.
 
     Raises:
         FileNotFoundError: no such directory, or a table is missing.
@@ -172,16 +172,8 @@ def _read(tables: dict[str, _Table]) -> tuple[Records, Report]:
     codes = tables["DIAGNOSES_ICD"].whole()
     codes = codes.filter(codes["ICD9_CODE"].fill_null("").str.contains(SEPSIS_CODES))
     coded = np.unique(_integers(tables["DIAGNOSES_ICD"], codes, "HADM_ID"))
-    report = Report(
-        dict(sorted(grid.implausible.items())),
-        left_out,
-        begins,
-        suspicion,
-        rise,
-        sofa,
-        np.isin(stays.admission, coded),
-        coded.size,
-    )
+    implausible, of_stays = dict(sorted(grid.implausible.items())), np.isin(stays.admission, coded)
+    report = Report(implausible, left_out, begins, suspicion, rise, sofa, of_stays, coded.size)
     return _records(stays, grid, begins), report
 
 
@@ -281,16 +273,13 @@ def _stays(tables: dict[str, _Table], left_out: dict[str, int]) -> _Stays:
 def _lookup(
     table: _Table, frame: pl.DataFrame, key: str, value: NDArray[Any]
 ) -> Callable[[_Table, Ints], NDArray[Any]]:
-    keys = _integers(table, frame, key)
-    order = np.argsort(keys, kind="stable")
-    keys, value = keys[order], value[order]
+    known = dict(zip(_integers(table, frame, key).tolist(), value))
 
     def look_up(asking: _Table, wanted: Ints) -> NDArray[Any]:
-        at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1) if keys.size else np.zeros(wanted.size, np.int64)
-        missing = keys[at] != wanted if keys.size else np.ones(wanted.size, bool)
-        if missing.any():
-            raise _bad(table.path, f"a row for each {key} of {asking.path.name}", f"none for {wanted[missing][0]}")
-        return value[at]
+        missing = [one for one in wanted.tolist() if one not in known]
+        if missing:
+            raise _bad(table.path, f"a row for each {key} of {asking.path.name}", f"none for {missing[0]}")
+        return np.array([known[one] for one in wanted.tolist()], value.dtype)
 
     return look_up
 
