@@ -214,7 +214,7 @@ MCG_KG = 1000 / 50  # mg -> ug/kg at the 50 kg of `drip`
         ("INPUTEVENTS_MV", drip(221906, 3, 4, 2000, "mcg"), "Vasopressor", 2 * MCG_KG),
         ("INPUTEVENTS_MV", drip(221662, 3, 4, 200, "mg"), "Vasopressor", 2 * MCG_KG),
         ("INPUTEVENTS_MV", drip(221749, 3, 4, 20, "mg"), "Vasopressor", 2 * MCG_KG),
-        ("INPUTEVENTS_MV", drip(222315, 3, 4, 2.4, "units"), "Vasopressor", 2.4 * 2.5 / 50),
+        ("INPUTEVENTS_MV", drip(222315, 3, 4, 2.4, "units"), "Vasopressor", 2.4 * 2.5),
         ("INPUTEVENTS_MV", drip(221653, 3, 4, 15, "mg"), "Dobutamine", 15 * MCG_KG),
         ("INPUTEVENTS_MV", drip(221385, 3, 4, 2, "mg"), "Benzodiazepine", 4),
         ("INPUTEVENTS_MV", drip(221668, 3, 4, 2, "mg"), "Benzodiazepine", 2),
@@ -385,7 +385,7 @@ def test_carevue_doses_stand_where_they_were_charted_by_the_weight_known_then(tm
         {"ITEMID": i, "CHARTTIME": at(h), "AMOUNT": a, "AMOUNTUOM": "U" if i == 30051 else "mg"} for i, h, a in given
     ]
     got = read(tmp_path, made_up(6, CHARTEVENTS=[chart(763, 2, 100, "kg")], INPUTEVENTS_CV=rows))[0]
-    want = {1: 400 / mimic.WEIGHT, 3: 6, 4: 40_000 / 100 / 100 + 2 * 2.5 / 100}
+    want = {1: 400 / mimic.WEIGHT, 3: 6, 4: 40_000 / 100 / 100 + 2 * 2.5}
     np.testing.assert_allclose([column(got, "Vasopressor")[hour] for hour in want], list(want.values()), rtol=1e-6)
     assert np.isfinite(column(got, "Vasopressor")).sum() == 3
 

@@ -38,7 +38,6 @@ from .mimic_items import (
     ORDERS,
     OTHER_BLOOD,
     PARENTERAL,
-    PER_KG,
     RATED,
     RATES,
     SEPSIS_CODES,
@@ -222,8 +221,7 @@ class _Stays:
 
     def of(self, subject: Ints, time: Ints) -> Ints:
         """The stay in which each event falls, -1 for none. An event at discharge is still in."""
-        key, wanted = (s * (1 << 34) + t for s, t in ((self.subject, self.start), (subject, time)))
-        stay = np.searchsorted(key, wanted, "right") - 1
+        stay = np.searchsorted(_moment(self.subject, self.start), _moment(subject, time), "right") - 1
         inside = (stay >= 0) & (self.subject[stay] == subject) & (time <= self.stop[stay])
         return np.where(inside, stay, -1)
 
@@ -297,11 +295,11 @@ class _Events:
     column: Ints
     rank: Ints
     value: Floats
-    absolute: NDArray[np.bool_]  # the unit has no "kg"
+    by_weight: NDArray[np.bool_]  # still to be divided by the weight
     line: Ints
 
     def where(self, chosen: NDArray[np.bool_]) -> _Events:
-        arrays = ("subject", "time", "column", "rank", "value", "absolute", "line")
+        arrays = ("subject", "time", "column", "rank", "value", "by_weight", "line")
         return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
 
     def of(self, *names: str) -> NDArray[np.bool_]:
@@ -368,7 +366,7 @@ def _events(
     value, item = value[line], item[line]
     units = frame[unit].fill_null("").to_numpy()[line].astype(str)
     names = tuple(dict.fromkeys(one.column for one in items.values()))
-    column, rank, absolute = np.zeros(item.size, np.int64), np.zeros(item.size, np.int64), np.zeros(item.size, bool)
+    column, rank, by_weight = np.zeros(item.size, np.int64), np.zeros(item.size, np.int64), np.zeros(item.size, bool)
     for one in np.unique(item):
         known, rows = items[int(one)], np.flatnonzero(item == one)
         column[rows], rank[rows] = names.index(known.column), known.rank
@@ -379,11 +377,11 @@ def _events(
                 raise _bad(table.path, f"{unit} of item {one} ({known.column}) to be {accepted}", repr(str(spelled)))
             scale, shift = known.units[short]
             these = rows[units[rows] == spelled]
-            value[these], absolute[these] = value[these] * scale + shift, "kg" not in short
+            value[these], by_weight[these] = value[these] * scale + shift, known.per_kg and "kg" not in short
     if "FiO2" in names:  # a fraction or a percentage, whatever its unit says
         value[(column == names.index("FiO2")) & (value > 1)] /= 100
     subject = _integers(table, frame, "SUBJECT_ID")[line]
-    return _Events(names, subject, when[line].astype(np.int64), column, rank, value, absolute, line)
+    return _Events(names, subject, when[line].astype(np.int64), column, rank, value, by_weight, line)
 
 
 def _chart(table: _Table, grid: _Grid, left_out: dict[str, int]) -> None:
@@ -411,8 +409,9 @@ def _labs(table: _Table, grid: _Grid) -> None:
         gas = events.of(*ARTERIAL)
         waiting.append(events.where(gas))
         grid.last(events.where(~gas))
+    not_arterial = np.concatenate(other_blood) if other_blood else np.zeros(0, np.int64)
     for events in waiting:
-        grid.last(events.where(~np.isin(_moment(events.subject, events.time), np.concatenate(other_blood))))
+        grid.last(events.where(~np.isin(_moment(events.subject, events.time), not_arterial)))
 
 
 def _moment(subject: Ints, time: Ints) -> Ints:
@@ -447,12 +446,11 @@ def _coma(grid: _Grid) -> NDArray[np.float32]:
 def _carevue(table: _Table, grid: _Grid, weight: NDArray[np.float32]) -> None:
     """What CareVue charted as gone in since the last time stands at the hour of charting; a rate likewise."""
     for frame in table.frames((*GIVEN, *RATED)):
-        for name, part, row, _ in grid.placed(_events(table, frame, GIVEN, "AMOUNT", "AMOUNTUOM")):
-            some = part.value != 0
-            row, value = row[some], part.value[some]
-            grid.add(name, row, value / weight[row] if name in PER_KG else value)
+        events = _events(table, frame, GIVEN, "AMOUNT", "AMOUNTUOM")
+        for name, part, row, _ in grid.placed(events.where(events.value != 0)):
+            grid.add(name, row, part.value / np.where(part.by_weight, weight[row], 1))
         for name, part, row, _ in grid.placed(_events(table, frame, RATED, "RATE", "RATEUOM")):
-            grid.highest(name, row, np.where(part.absolute, part.value / weight[row], part.value))
+            grid.highest(name, row, part.value / np.where(part.by_weight, weight[row], 1))
 
 
 def _metavision(table: _Table, grid: _Grid, weight: NDArray[np.float32], left_out: dict[str, int]) -> Ints:
@@ -485,16 +483,13 @@ def _metavision(table: _Table, grid: _Grid, weight: NDArray[np.float32], left_ou
             which, row, share = _spread(stays, events.subject, events.time, stop[events.line].astype(np.int64))
             kilograms = patient_weight[events.line][which]
             kilograms = np.where(np.isnan(kilograms), weight[row], kilograms)
-            value, column = events.value[which], events.column[which]
-            for one in np.unique(column):
-                name, chosen = events.names[one], column == one
-                divisor = kilograms[chosen]
+            value = events.value[which] / np.where(events.by_weight[which], kilograms, 1)
+            for column in np.unique(events.column):
+                name, chosen = events.names[column], events.column[which] == column
                 if items is GIVEN:
-                    amount = value[chosen] * share[chosen]
-                    grid.add(name, row[chosen], amount / divisor if name in PER_KG else amount)
+                    grid.add(name, row[chosen], (value * share)[chosen])
                 else:
-                    absolute = events.absolute[which][chosen]
-                    grid.highest(name, row[chosen], np.where(absolute, value[chosen] / divisor, value[chosen]))
+                    grid.highest(name, row[chosen], value[chosen])
     return np.concatenate(antibiotics)
 
 

@@ -15,8 +15,8 @@ EXTRA = ("PaO2", "Sodium", "GCS", "Urine", "Weight")
 SUMMED = ("Urine",)  # beside the doses
 # What a number means that stands in the hour of a dose; NaN where none was given.
 DOSES = {
-    "Vasopressor": "ug/kg of norepinephrine equivalents: epinephrine 1, dopamine 1/100, phenylephrine 1/10, 1 unit of "
-    "vasopressin 2.5 ug x kg (Goradia et al., J Crit Care 2021;61:233)",
+    "Vasopressor": "ug/kg of norepinephrine equivalents: epinephrine 1, dopamine 1/100, phenylephrine 1/10; a unit of "
+    "vasopressin 2.5, whatever the weight (Goradia et al., J Crit Care 2021;61:233)",
     "Dobutamine": "ug/kg",
     "Propofol": "mg",
     "Benzodiazepine": "mg of midazolam; 1 mg of lorazepam counts as 2",
@@ -51,19 +51,26 @@ def spelling(unit: str) -> str:
 
 @dataclass(frozen=True)
 class Item:
-    """Where a number goes: its column, what a missing unit means, the units known, its rank (0 goes first)."""
+    """Where a number goes.
+
+    Attributes:
+        column: its name; usual: what a missing unit means; units: those known.
+        rank: of equal times the lowest goes first.
+        per_kg: the column is per kg: where the unit is not, the number is divided by the weight.
+    """
 
     column: str
     usual: str
     units: Units
-    rank: int = 0
+    rank: int
+    per_kg: bool
 
 
-def _items(*groups: tuple[str, str, Units, tuple[int, ...]]) -> dict[int, Item]:
+def _items(*groups: tuple[str, str, Units, tuple[int, ...]], per_kg: bool = False) -> dict[int, Item]:
     out: dict[int, Item] = {}
     for column, usual, units, ids in groups:
         rank = sum(item.column == column for item in out.values())
-        out.update({one: Item(column, spelling(usual), units, rank + i) for i, one in enumerate(ids)})
+        out.update({one: Item(column, spelling(usual), units, rank + i, per_kg) for i, one in enumerate(ids)})
     return out
 
 
@@ -147,13 +154,16 @@ def _scaled(units: Units, by: float) -> Units:
     return {name: (a * by, b * by) for name, (a, b) in units.items()}
 
 
-# Amounts; those of `PER_KG` are divided by the weight. CareVue's first in each line, then MetaVision's.
-GIVEN = _items(
+# Amounts; CareVue's items first in each line, then MetaVision's.
+PRESSORS = _items(
     ("Vasopressor", "mg", _scaled(MILLIGRAMS, 1e3), (30047, 30120, 30044, 30119, 30309, 221906, 221289)),
     ("Vasopressor", "mg", _scaled(MILLIGRAMS, 1e3 / 100), (30043, 30307, 221662)),
     ("Vasopressor", "mg", _scaled(MILLIGRAMS, 1e3 / 10), (30127, 30128, 221749)),
-    ("Vasopressor", "units", _scaled(UNITS, 2.5), (30051, 222315)),
     ("Dobutamine", "mg", _scaled(MILLIGRAMS, 1e3), (30042, 30306, 221653)),
+    per_kg=True,
+)
+OTHERS = _items(
+    ("Vasopressor", "units", _scaled(UNITS, 2.5), (30051, 222315)),
     ("Propofol", "mg", MILLIGRAMS, (30131, 222168)),
     ("Benzodiazepine", "mg", MILLIGRAMS, (30124, 221668)),
     ("Benzodiazepine", "mg", _scaled(MILLIGRAMS, 2.0), (30141, 221385)),
@@ -170,8 +180,8 @@ GIVEN = _items(
     ),
     ("Blood", "mL", MILLILITRES, (30001, 30005, 30006, 30007, 30180, 220970, 225168, 225170, 225171)),
 )  # fmt: skip
-PER_KG = ("Vasopressor", "Dobutamine")
-# Rates in ug/kg/min; one whose unit has no "kg" is divided by the weight.
+GIVEN = {**PRESSORS, **OTHERS}
+# Rates in ug/kg/min.
 RATE = {
     **_same("mcg/kg/min", "mcg/min"), **dict.fromkeys(("mgkgmin", "mgmin"), (1e3, 0.0)),
     **dict.fromkeys(("mcghr", "mcghour"), (1 / 60, 0.0)), **dict.fromkeys(("mghr", "mghour"), (1e3 / 60, 0.0)),
@@ -181,6 +191,7 @@ RATED = _items(
     ("catecholamine", "mcg/min", RATE, (30047, 30044, 30309)),
     ("dopamine", "mcg/kg/min", RATE, (30043, 30307, 221662)),
     ("dobutamine", "mcg/kg/min", RATE, (30042, 30306, 221653)),
+    per_kg=True,
 )
 # MetaVision's intravenous antibacterials: neither antivirals, antifungals, antimalarials nor tuberculostatics.
 ANTIBACTERIALS = (
