@@ -685,6 +685,17 @@ def test_a_truncated_or_damaged_gzip_is_a_sentence(tmp_path: Path) -> None:
             mimic.read_mimic(tmp_path)
 
 
+def test_a_quote_left_open_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mimic, "LONGEST_LINE", 500)
+    path = write(tmp_path, made_up()) / "CHARTEVENTS.csv"
+    line = f"7,211,{at(1)},80,80,bpm,\n"
+    path.write_text(
+        "\n".join([",".join(mimic_items.TABLES["CHARTEVENTS"]), line * 9 + line.replace("bpm", '"bpm') + line * 30])
+    )
+    with pytest.raises(ValueError, match=r"CHARTEVENTS.csv: expected lines of at most 500 bytes; got more; is a quote"):
+        mimic.read_with_report(tmp_path, block=200)
+
+
 def test_a_missing_table_is_a_sentence_before_any_work(tmp_path: Path) -> None:
     write(tmp_path, made_up())
     (tmp_path / "CHARTEVENTS.csv").write_text("not looked at")
@@ -692,6 +703,10 @@ def test_a_missing_table_is_a_sentence_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"expected the table INPUTEVENTS_MV.csv or INPUTEVENTS_MV.csv.gz; there is"
     ):
+        mimic.read_mimic(tmp_path)
+    (tmp_path / "INPUTEVENTS_MV.csv").write_text("SUBJECT_ID,ITEMID\n")
+    (tmp_path / "CHARTEVENTS.csv").write_text(as_text("CHARTEVENTS", [chart(211, 1, 80, "no unit")]))
+    with pytest.raises(ValueError, match=r"INPUTEVENTS_MV.csv: expected the columns .*; got no STARTTIME"):
         mimic.read_mimic(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a directory with the tables of MIMIC-III; there is none"):
         mimic.read_mimic(tmp_path / "nowhere")

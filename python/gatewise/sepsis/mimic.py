@@ -15,9 +15,10 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -68,6 +69,7 @@ ADULT = 16  # years; the younger ones in MIMIC-III are newborns
 OLDEST = 90.0  # years; dates of birth of those over 89 are shifted to an age of 300
 WEIGHT = 80.0  # kg, where none was charted so far
 BLOCK = 1 << 24  # bytes of text read at once
+LONGEST_LINE = 1 << 26  # bytes; more is a quote that nothing closes
 
 # --------------------------------------------------------------------------------------------------- what is read
 
@@ -618,37 +620,46 @@ class _Table:
                 frame = frame.filter(pl.Series(np.isin(_integers(self, frame, "ITEMID"), items)))
             yield frame
 
-    def _blocks(self) -> Iterator[pl.DataFrame]:
-
-        with self.path.open("rb") as file:
-            stream = gzip.GzipFile(fileobj=file) if self.path.suffix.lower() == ".gz" else file
-            try:
-                header = self._header(stream.readline())
-                at = [header.index(name) for name in self.wanted]
-                done, rest, empty = 0, b"", True
-                while True:
-                    text = stream.read(self.block)
-                    self.read(file.tell() - done)
-                    done = file.tell()
-                    lines, rest = (rest, b"") if not text else _whole_lines(rest + text)
-                    if not text and lines:  # one line is left, without its end
-                        self._same_width(lines, len(header))
-                    if lines or (not text and empty):
-                        empty = False
-                        yield self._parse(lines, at, len(header))
-                    if not text:
-                        return
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise _bad(self.path, "a whole gzip file", f"{error}; is it truncated?") from error
-
-    def _header(self, line: bytes) -> list[str]:
+    def header(self) -> list[str]:
+        """The columns, upper case; those wanted are among them."""
+        with self._open() as (_, stream):
+            line = stream.readline()
         header = next(csv.reader([line.decode("utf-8-sig", "replace").strip().upper()]), [])
         missing = [name for name in self.wanted if name not in header]
         if missing:
-            raise _bad(
-                self.path, f"the columns {', '.join(self.wanted)}", f"no {missing[0]}" if header else "an empty file"
-            )
+            got = f"no {missing[0]}" if header else "an empty file"
+            raise _bad(self.path, f"the columns {', '.join(self.wanted)}", got)
         return header
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[BinaryIO, BinaryIO | gzip.GzipFile]]:
+        """The file as it lies there, and its text."""
+        with self.path.open("rb") as file:
+            try:
+                yield file, gzip.GzipFile(fileobj=file) if self.path.suffix.lower() == ".gz" else file
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise _bad(self.path, "a whole gzip file", f"{error}; is it truncated?") from error
+
+    def _blocks(self) -> Iterator[pl.DataFrame]:
+        header = self.header()
+        at = [header.index(name) for name in self.wanted]
+        with self._open() as (file, stream):
+            stream.readline()
+            done, rest, empty = 0, b"", True
+            while True:
+                text = stream.read(self.block)
+                self.read(file.tell() - done)
+                done = file.tell()
+                lines, rest = _whole_lines(rest + text) if text else (rest, b"")
+                if len(rest) > LONGEST_LINE:
+                    raise _bad(self.path, f"lines of at most {LONGEST_LINE:,} bytes", "more; is a quote left open?")
+                if not text and lines:  # one line is left, without its end
+                    self._same_width(lines, len(header))
+                if lines or (not text and empty):
+                    empty = False
+                    yield self._parse(lines, at, len(header))
+                if not text:
+                    return
 
     def _same_width(self, lines: bytes, width: int) -> None:
         fields = len(next(csv.reader(io.StringIO(lines.decode("utf-8", "replace"), newline=""))))
@@ -681,7 +692,10 @@ def _whole_lines(text: bytes) -> tuple[bytes, bytes]:
 
 
 def _find(directory: Path, block: int, progress: bool) -> tuple[dict[str, _Table], Any]:
-    """The tables, and the bar to close. All are there and have their columns, or nothing is read."""
+    """The tables, and the bar to close. All are there and have their columns, or nothing is read.
+
+    Where a table lies there in both forms the plain one is taken.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a directory with the tables of MIMIC-III; there is none")
     there = {path.name.lower(): path for path in sorted(directory.iterdir())}
@@ -691,6 +705,8 @@ def _find(directory: Path, block: int, progress: bool) -> tuple[dict[str, _Table
         if not found:
             raise FileNotFoundError(f"{directory}: expected the table {name}.csv or {name}.csv.gz; there is none")
         paths[name] = found[0]
+    for name, path in paths.items():
+        _Table(path, TABLES[name], block, int).header()
     bar = _bar(sum(path.stat().st_size for path in paths.values())) if progress else None
     read = bar.update if bar else int
     return {name: _Table(path, TABLES[name], block, read) for name, path in paths.items()}, bar
