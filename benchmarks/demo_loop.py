@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--patients", type=int, help="of the simulated cohort (4000), or the first of the records")
     parser.add_argument("--epochs", type=int, help="default: the demo's")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cells", nargs="+", default=list(timing.CELLS.values()), choices=list(timing.CELLS.values()))
+    parser.add_argument("--cells", nargs="+", default=list(models.CELLS.values()), choices=list(models.CELLS.values()))
     parser.add_argument("--rounds", type=int, default=1, help="turns of each; the median fit counts")
     parser.add_argument("--out", metavar="DIR", help="write demo_loop.csv and demo_loop.png, the loss curves, there")
     arguments = parser.parse_args()

@@ -182,10 +182,10 @@ def demo(monkeypatch):
 def test_demo_passes_on_what_was_given_and_nothing_else(capsys, demo):
     assert run(capsys, "demo")[0] == 0
     assert run(capsys, "demo", "--data", "records", "--report", "out", "--seed", "3", "--epochs", "4",
-               "--hidden-size", "5", "--patients", "6")[0] == 0  # fmt: skip
+               "--hidden-size", "5", "--patients", "6", "--seeds", "7")[0] == 0  # fmt: skip
     assert demo == [
         {},
-        {"data": "records", "report": "out", "seed": 3, "epochs": 4, "hidden_size": 5, "patients": 6},
+        {"data": "records", "report": "out", "seed": 3, "seeds": 7, "epochs": 4, "hidden_size": 5, "patients": 6},
     ]
 
 

@@ -18,8 +18,7 @@ pytest.importorskip("matplotlib")
 
 from sklearn.metrics import roc_auc_score
 
-from gatewise import sepsis
-from gatewise.sepsis import cohort, figures, report, study
+from gatewise.sepsis import figures, report
 
 MODELS = (
     "logistic regression", "naive Bayes", "linear SVM", "RBF SVM", "MLP", "gradient boosting", "AR(1)", "AR(6)",
@@ -455,67 +454,3 @@ def test_a_disk_that_is_full_leaves_the_earlier_page(
         page.write(tmp_path)
     assert (tmp_path / "index.html").read_bytes() == before
     assert all(content == page.files[name] for name, content in tree(tmp_path).items() if name != "index.html")
-
-
-# ---- the demo ----------------------------------------------------------------------------------------------
-
-
-def quick(figure: Any, form: str) -> bytes:
-    return f"{form} of {len(figure.axes)} axes".encode()
-
-
-def test_the_demo_prints_its_table_and_writes_its_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "save", quick)  # half of the time is the pictures', and they have their own tests
-    folder = tmp_path / "report"
-    result = sepsis.demo(report=folder, epochs=2, hidden_size=8, patients=400, seed=1)
-    table = {row["model"]: row for row in result.table()}
-    assert list(table) == ["best possible", "logistic regression", "RNN", "GRU", "LSTM"]
-    assert all(row["auroc"] < table["best possible"]["auroc"] for row in result.table()[1:])
-    assert table["LSTM"]["parameters"] == 4 * 8 * (36 + 8 + 2) + 8 + 1
-    assert table["logistic regression"]["parameters"] == 37
-    for name, score in result.scores.items():
-        assert score.dtype == np.float64 and score.shape == result.test.label.shape, name
-        assert not (score < 0).any() and not (score > 1).any() and np.isfinite(score).all(), name
-    names = ("calibration", "learning_curves", "patient", "roc_pr")
-    pictures = [f"figures/{name}.{form}" for name in names for form in ("png", "svg")]
-    assert sorted(tree(folder)) == [*pictures, "index.html", "tables/models.csv"]
-    assert list(tmp_path.iterdir()) == [folder]
-    lines = (folder / "tables/models.csv").read_text().splitlines()
-    assert lines[0] == "model,auroc,auprc,seconds,parameters"
-    assert [line.split(",")[0] for line in lines[1:]] == list(table)
-    printed = capsys.readouterr().out
-    assert sepsis.format_table(result.table()) in printed and f"report: {folder}" in printed
-
-    (folder / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match=r"expected an empty folder or an earlier report .* holds mine.txt"):
-        sepsis.demo(report=folder, epochs=1, hidden_size=8, patients=400)
-
-
-def test_a_figure_that_fails_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = cohort.simulate(300, seed=1)
-    _, _, test = table.split()
-    result = study.Study(table.select(test), {study.BEST: table.risk[table.rows_of(test)]}, [])
-    monkeypatch.setattr(figures, "save", quick)
-    folder = report.write(result, tmp_path / "report")
-    before = tree(tmp_path)
-    assert len(before) == 8
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("nothing to draw")
-
-    monkeypatch.setattr(figures, "patient", fails)
-    with pytest.raises(RuntimeError, match="nothing to draw"):
-        report.write(result, folder)
-    assert tree(tmp_path) == before
-
-
-def test_the_patient_shown_is_the_median_one() -> None:
-    table = cohort.simulate(400, seed=1)
-    score = np.random.default_rng(0).random(table.label.size)
-    one = report.example(table, score)
-    highest = [score[a:b].max() for a, b in zip(table.offset, table.offset[1:])]
-    septic = [table.label[a:b].any() and not table.label[a] for a, b in zip(table.offset, table.offset[1:])]
-    others = sorted(highest[i] for i in range(400) if septic[i] and 24 <= table.length[i] <= 72)
-    assert septic[one] and highest[one] == others[len(others) // 2]

@@ -337,29 +337,6 @@ def test_garbage_in_fio2_is_cut_to_what_a_fraction_can_be(tmp_path: Path) -> Non
     assert column[raw == -50].max() < column[raw == 0.5].min() < column[raw >= 1].min()
 
 
-# ---- study -------------------------------------------------------------------------------------------------
-
-
-def test_areas_are_what_they_are_defined_as() -> None:
-    random = np.random.default_rng(0)
-    label = (random.random(300) < 0.2).astype(np.int8)
-    score = np.round(random.normal(0, 1, 300) + label, 1)  # with ties
-    positive, negative = score[label == 1][:, None], score[label == 0]
-    pairs = (positive > negative).mean() + 0.5 * (positive == negative).mean()
-    thresholds = np.unique(score)[::-1]
-    recall = np.array([0.0, *(label[score >= t].sum() / label.sum() for t in thresholds)])
-    precision = np.array([label[score >= t].mean() for t in thresholds])
-    auroc, auprc = study.areas(label, score)
-    assert auroc == pytest.approx(pairs) and auprc == pytest.approx((np.diff(recall) * precision).sum())
-    assert np.isnan(study.areas(np.zeros(3, np.int8), np.arange(3.0))).all()
-
-
-def test_a_split_without_sepsis_is_a_sentence(simulated: records.Records) -> None:
-    nobody = simulated.select(np.isin(simulated.fold, records.TEST_FOLDS))
-    with pytest.raises(ValueError, match=r"training patients: expected hours of label 0 .* got 0 hours, 0 of"):
-        study.run(nobody)
-
-
 # ---- the real records --------------------------------------------------------------------------------------
 
 

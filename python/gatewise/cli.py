@@ -78,10 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="the sets, where their shapes come from, the peers")
     bench.set_defaults(run=_bench)
 
-    demo = commands.add_parser("demo", help="predict sepsis from hourly intensive-care records")
-    demo.add_argument("--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)")
-    demo.add_argument("--report", metavar="DIR", help="where the tables and pictures go")
+    demo = commands.add_parser("demo", help="the study: predict sepsis from hourly intensive-care records")
+    where = "PhysioNet/CinC 2019 records, MIMIC-III tables, or folders with both (default: a simulated cohort)"
+    demo.add_argument("--data", metavar="DIR", help=where)
+    demo.add_argument("--report", metavar="DIR", help="where the page goes, and what is kept to go on after a stop")
     demo.add_argument("--seed", type=int, metavar="N")
+    demo.add_argument("--seeds", type=_at_least_one, metavar="N", help="trainings of each network (default 3)")
     demo.add_argument("--epochs", type=int, metavar="N")
     demo.add_argument("--hidden-size", type=int, metavar="H")
     demo.add_argument("--patients", type=int, metavar="N", help="how many patients to use")
@@ -214,7 +216,7 @@ def _list_bench() -> None:
 def _demo(options: argparse.Namespace) -> int:
     from . import sepsis
 
-    names = ("data", "report", "seed", "epochs", "hidden_size", "patients")
+    names = ("data", "report", "seed", "seeds", "epochs", "hidden_size", "patients")
     sepsis.demo(**{name: value for name in names if (value := getattr(options, name)) is not None})
     return 0
 

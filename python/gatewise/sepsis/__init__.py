@@ -1,7 +1,9 @@
-"""The main job: predict sepsis, hour by hour, from intensive-care records, and report how well it went.
+"""The main job: predict sepsis, hour by hour, from intensive-care records, and report what remembers and how long.
 
-`demo` is all of it. Its parts, in the order of the work: `records` (the table and its readers), `cohort` (a
-simulated one), `features`, `study` (trains and scores), `report` (table and pictures).
+`demo` is all of it. Its parts, in the order of the work: `records` (the table and its readers), `mimic` (records from
+MIMIC-III tables, labelled by `sofa`), `cohort` (simulated ones), `features`, `tasks`, `models`, `study` (trains and
+scores), `insight` (looks into the networks), `timing`, `published`, and `chapters`, which tells it all by `figures` and
+`report`.
 """
 
 from __future__ import annotations
@@ -11,24 +13,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .cohort import simulate
 from .records import Records, read
 
 if TYPE_CHECKING:
-    from .study import Study
+    from .chapters import Results
 
-__all__ = ["Records", "demo", "format_table", "read", "simulate"]
+__all__ = ["Records", "demo", "find", "format_table", "read", "simulate"]
 
 
 # How the recurrent networks are trained unless the caller says otherwise. All epochs are run, for the
 # learning curves; the weights of the best are kept.
 REAL: dict[str, Any] = {
-    "max_epochs": 10,
+    "max_epochs": 6,
     "hidden_size": 100,
     "batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "patience": None,
 }
+# And how the study trains them on real records, beside that; PyTorch's loops in `timing` have neither.
+TAUGHT: dict[str, Any] = {"schedule": "cosine", "stages": True}
 SIMULATED: dict[str, Any] = {
     "max_epochs": 20,
     "hidden_size": 32,
@@ -36,6 +42,7 @@ SIMULATED: dict[str, Any] = {
     "learning_rate": 3e-3,
     "patience": None,
 }
+PATIENTS = 4000  # of the simulated cohort
 
 
 def demo(
@@ -43,51 +50,109 @@ def demo(
     report: str | Path | None = "gatewise-report",
     *,
     seed: int = 0,
+    seeds: int = 3,
     epochs: int | None = None,
     hidden_size: int | None = None,
-    patients: int = 4000,
-) -> Study:
-    """Trains logistic regression, RNN, GRU and LSTM on hourly records; prints the table, writes the report.
+    patients: int | None = None,
+) -> Results:
+    """The study: trains every model, prints the tables, writes the report.
+
+    What is trained is kept under the report's folder as it is finished; the same call goes on where another stopped.
 
     Args:
-        data: directory of the PhysioNet/CinC 2019 records, packed or .psv; None: a simulated cohort.
-        patients: of the simulated cohort.
-        report: folder for table and pictures, replaced if it holds an earlier report; None: no report.
+        data: directory of the PhysioNet/CinC 2019 records, of MIMIC-III tables, or of folders with both; None: the
+            simulated cohort alone, which stands in every report.
+        report: folder of the page, tables and figures, replaced if it holds an earlier report; None: no report, and
+            nothing is kept.
         seed: of the cohort and of every model.
+        seeds: trainings of each recurrent network on the official task of the 2019 records.
         epochs, hidden_size: of the recurrent networks; None: what suits the data.
+        patients: how many, simulated and of the 2019 records each; None: `PATIENTS` simulated ones, all real ones.
 
     Raises:
-        FileNotFoundError, ValueError: the data are not what they should be (see `read`).
+        FileNotFoundError, ValueError: the data are not what they should be (see `read` and `mimic.read_mimic`).
         FileExistsError: the report's folder holds something that is no report; said before any work is done.
         ImportError: an extra is missing; the sentence names it.
     """
     _require_extras()
+    from . import chapters, study
     from . import report as reports
-    from . import study as studies
 
     if report is not None:
         reports.check_folder(Path(report))
+    challenge, mimic = (None, None) if data is None else find(data)
     start = time.perf_counter()
-    records = simulate(patients, seed) if data is None else read(data, progress=True)
-    source = "simulated cohort" if data is None else data
-    share = f"{100 * records.label.mean():.2f} % of them of label 1"
-    print(
-        f"{source}: {records.length.size:,} patients, {records.label.size:,} hours, {share} "
-        f"({time.perf_counter() - start:.1f} s)"
-    )
-    said = {"max_epochs": epochs, "hidden_size": hidden_size}
-    options = (SIMULATED if data is None else REAL) | {k: v for k, v in said.items() if v is not None}
-    study = studies.run(records, seed=seed, **options)
-    print(f"\n{study.test.length.size:,} test patients, {study.test.label.size:,} hours\n")
-    print(format_table(study.table()))
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+
+    def store(*settings: Any) -> study.Store:
+        return study.Store(None if report is None else Path(report) / reports.KEPT, study.digest(*settings))
+
+    def options(usual: dict[str, Any]) -> dict[str, Any]:
+        said = {"max_epochs": epochs, "hidden_size": hidden_size}
+        return usual | {name: value for name, value in said.items() if value is not None}
+
+    cohort = simulate(PATIENTS if patients is None else patients, seed)
+    say(_size("simulated cohort", cohort))
+    settings = options(SIMULATED)
+    results = chapters.Results(chapters.simulated(cohort, store(cohort, settings, seed), say, seed=seed, **settings))
+    _show(study.table(results.simulated))
+    if challenge is not None:
+        records = read(challenge, progress=True)
+        if patients is not None:
+            order = np.random.default_rng(seed).permutation(records.length.size)
+            records = records.select(order < patients)
+        say(_size(str(challenge), records))
+        settings = options(REAL) | TAUGHT
+        kept = store(records, settings, seed)
+        results.challenge = chapters.challenge(records, kept, say, seeds, seed=seed, **settings)
+        for outcome in results.challenge.tasks.values():
+            _show(study.table(outcome))
+        results.seconds_an_epoch, results.not_timed = chapters.speed(records, kept, say, settings)
+        results.published = chapters.published(Path(report) if report is not None else None)
+    if mimic is not None:
+        results.medication = chapters.medication(mimic, store(), say, seed)
     if report is not None:
-        print(f"\nreport: {reports.write(study, report)}")
-    print(f"{time.perf_counter() - start:.0f} s in all")
-    return study
+        print(f"\nreport: {chapters.tell(results).write(report)}")
+    say("done")
+    return results
+
+
+def find(directory: str | Path) -> tuple[Path | None, Path | None]:
+    """Where the PhysioNet/CinC 2019 records and the MIMIC-III tables lie: the directory itself, or a folder in it.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or neither is there.
+    """
+    directory = Path(directory)
+    folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())] if directory.is_dir() else []
+
+    def has(folder: Path, *patterns: str) -> bool:
+        return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+    mimic = next((folder for folder in folders if has(folder, "ADMISSIONS.csv*", "admissions.csv*")), None)
+    packed = next((folder for folder in folders if has(folder, "*.npz")), None)
+    challenge = packed or (directory if folders and has(directory, "**/*.psv") else None)
+    if challenge is None and mimic is None:
+        raise FileNotFoundError(
+            f"{directory}: expected PhysioNet/CinC 2019 records (*.npz or *.psv) or MIMIC-III tables (ADMISSIONS.csv "
+            f"or .csv.gz and the others), in it or in a folder of it; found neither"
+        )
+    return challenge, mimic
+
+
+def _size(name: str, records: Records) -> str:
+    share = f"{100 * records.label.mean():.2f} % of them of label 1"
+    return f"{name}: {records.length.size:,} patients, {records.label.size:,} hours, {share}"
+
+
+def _show(table: Sequence[dict[str, Any]]) -> None:
+    print(f"\n{format_table(table)}\n", flush=True)
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `Study.table` as aligned text; - for what is not there."""
+    """Rows of the same columns as aligned text; - for what is not there, and the ends of intervals left out."""
 
     def cell(name: str, value: Any) -> str:
         if value is None:
@@ -96,9 +161,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    header = list(rows[0])
-    lines = [[name.replace("auroc", "AUROC").replace("auprc", "AUPRC") for name in header]]
-    lines += [[cell(name, row[name]) for name in header] for row in rows]
+    header = [name for name in rows[0] if not name.endswith((" low", " high"))]
+    lines = [header, *([cell(name, row[name]) for name in header] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     text.insert(1, "-" * len(text[0]))

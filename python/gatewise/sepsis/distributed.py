@@ -40,7 +40,7 @@ from .. import torch as gatewise_torch
 from .. import training
 from ..backends import available_cores, choose_num_threads
 from ..layers import write_whole
-from . import REAL, SIMULATED, features, read, simulate, study
+from . import REAL, SIMULATED, features, models, read, simulate, study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -431,7 +431,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="DIR", help="PhysioNet/CinC 2019 records (default: a simulated cohort)")
     parser.add_argument("--patients", type=count, metavar="N", help="of the simulated cohort (default: 4000)")
-    parser.add_argument("--cell", choices=list(study.CELLS.values()), default="lstm", help="default: lstm")
+    parser.add_argument("--cell", choices=list(models.CELLS.values()), default="lstm", help="default: lstm")
     parser.add_argument("--hidden-size", type=count, metavar="H")
     parser.add_argument("--dropout", type=number(float, "a number in 0 <= p < 1", lambda p: 0 <= p < 1), metavar="P",
                         default=0.0, help="of the head's inputs (default: 0)")  # fmt: skip

@@ -460,7 +460,8 @@ def _recurrent(cell: str) -> Spec:
 def _standardised(training: Rows) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.float32]]:
     """Features of deviation 1 and labels of the rows that count, and what the features were divided by, [F]."""
     x = training.x[training.counts]
-    scale = np.maximum(x.std(axis=0), 1e-6)  # a feature that never varies stays at 0 or 1
+    deviation = x.std(axis=0)
+    scale = np.where(deviation > 1e-6, deviation, np.float32(1))  # a feature that never varies stays as it is
     x /= scale
     return x, training.label[training.counts], scale
 
@@ -526,6 +527,8 @@ def _log_loss(log_odds: Scores, rows: Rows) -> float:
     return float(np.mean(np.logaddexp(0, np.where(label == 1, -z, z))))
 
 
+CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}  # the cells that PyTorch has too
+
 MODELS = {
     "logistic regression": Spec("non-temporal", _logistic_regression),
     "naive Bayes": Spec("non-temporal", _naive_bayes),
@@ -538,8 +541,6 @@ MODELS = {
     "GLM AR(1)": _glm(covariates=False, lags=()),
     "GLM covariates": _glm(covariates=True, lags=()),
     "GLM lags": _glm(covariates=True, lags=LAGS),
-    "RNN": _recurrent("rnn"),
-    "GRU": _recurrent("gru"),
-    "LSTM": _recurrent("lstm"),
+    **{name: _recurrent(cell) for name, cell in CELLS.items()},
     "LSTM peephole": _recurrent("lstm_peephole"),
 }

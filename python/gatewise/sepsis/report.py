@@ -1,7 +1,7 @@
 """The report: one HTML page that needs nothing else, and beside it the tables as CSV and the figures as PNG and SVG.
 
 `Page` is built block by block, and each block is rendered as it is added: what fails, fails before anything is
-written. `write` is the demo's page.
+written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ import numpy as np
 
 from ..layers import write_whole
 from . import figures
-from .records import Records
-from .study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -339,74 +336,3 @@ td.words { white-space: normal; min-width: 8rem; }
   table { font-size: 8.5pt; }
 }
 """
-
-
-# -- the demo's page -----------------------------------------------------------------------------------------
-
-
-def write(study: Study, folder: str | Path) -> Path:
-    """Writes the demo's report and returns its folder; raises as `Page.write` does, before any drawing too.
-
-    Raises:
-        FileExistsError: the folder holds something that is no report.
-        ImportError: matplotlib is missing.
-    """
-    folder = Path(folder)
-    check_folder(folder)
-    test, scores = study.test, study.scores
-    page = Page(
-        "Predicting sepsis, hour by hour",
-        [f"Models scored on {test.length.size:,} test patients, {test.label.size:,} hours, "
-         f"{100 * test.label.mean():.2f} % of them of label 1."],
-    )  # fmt: skip
-    page.section("How well the models rank the hours")
-    page.table(
-        "models", study.table(), "Areas under the ROC and the precision–recall curve.", formats={"seconds": ".1f"}
-    )
-    page.figure(
-        "roc_pr", partial(figures.roc_pr, test.label, scores), "Every threshold of every model.",
-        "Two panels of curves, a line a model: true against false positive rate, and precision against recall. "
-        "The areas under them are in the table above.",
-    )  # fmt: skip
-    page.section("What a probability means")
-    page.figure(
-        "calibration", partial(figures.calibration, test.label, scores),
-        "On the diagonal, as many hours are of label 1 as the model says.",
-        "Observed frequency of label 1 against the predicted probability in ten groups of hours, a line a model.",
-    )  # fmt: skip
-    histories = {model.name: model.history for model in study.models if model.history}
-    if histories:
-        page.section("Training")
-        page.figure(
-            "learning_curves", partial(figures.learning_curves, histories),
-            "The weights of the epoch of lowest validation loss are kept.",
-            "Two panels of curves, a line a recurrent model: loss of training and of validation patients an epoch.",
-        )  # fmt: skip
-    page.section("One patient")
-    one = example(test, next(reversed(scores.values())))
-    rows = slice(test.offset[one], test.offset[one + 1])
-    page.figure(
-        "patient",
-        partial(
-            figures.patient, {name: score[rows] for name, score in scores.items()}, test.clock[rows],
-            test.measured[rows], test.variables, test.doses, label=test.label[rows],
-            title=f"Patient {test.patient[one]} ({test.group[one]})",
-        ),
-        "Risk of sepsis under all models, and what was measured and given. Of the septic patients with a stay of one "
-        "to three days, the median one by how far the last model's risk rose.",
-        "Panels over the hours in intensive care: the risk, a line a model, then the readings and the drugs.",
-    )  # fmt: skip
-    return page.write(folder)
-
-
-def example(test: Records, score: Any) -> int:
-    """The patient to show: septic, a stay of 24 to 72 hours, and the median one by how far the score rose.
-
-    The median, so that the picture is typical, and neither the best nor the worst the model can do.
-    """
-    start = test.offset[:-1]
-    septic = np.flatnonzero(np.maximum.reduceat(test.label, start) & (test.label[start] == 0))
-    shown = septic[(test.length[septic] >= 24) & (test.length[septic] <= 72)]
-    of = next((some for some in (shown, septic) if some.size), np.array([0]))
-    rise = np.maximum.reduceat(score, start)
-    return int(of[np.argsort(rise[of], kind="stable")[of.size // 2]])

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float64]
 
-__all__ = ["BEST", "Outcome", "Run", "Store", "areas", "parts", "run", "run_task", "subgroups", "table", "utility"]
+__all__ = ["BEST", "Outcome", "Run", "Store", "areas", "parts", "run_task", "subgroups", "table", "utility"]
 
-CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}
 BEST = "best possible"
 EXAMINED = "examined "  # begins the names of what `examine` found, in the store
 BASELINE = "logistic regression"  # the differences in the tables are to this one
@@ -67,7 +66,13 @@ class Store:
                 if plain.pop("digest") != self.digest:
                     return None
                 return {**plain, **{name: archive[name] for name in archive.files if name != "plain"}}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not one of ours: it is computed again
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            zipfile.BadZipFile,
+        ):  # not there, or not one of ours: it is computed again
             return None
 
 
@@ -80,9 +85,14 @@ def _packed(values: dict[str, Any], digest: str) -> bytes:
     return file.getvalue()
 
 
+SOURCES = ("features.py", "tasks.py", "models.py", "insight.py", "../training.py", "../estimators.py")
+
+
 def digest(*settings: Any) -> str:
-    """A digest of settings, of the arrays of any records among them, and of this version of gatewise."""
+    """A digest of settings, of the arrays of any records among them, of this version, and of how models are made."""
     hashed = hashlib.sha256(__version__.encode())
+    for name in SOURCES:
+        hashed.update((Path(__file__).parent / name).read_bytes())
     for one in settings:
         if not isinstance(one, Records):
             hashed.update(repr(one).encode())
@@ -141,13 +151,14 @@ def run_task(
     task: str,
     names: Iterable[str],
     *,
+    seed: int = 0,
     seeds: int = 1,
     trained_on: str | None = None,
     examine: Examine | None = None,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Outcome:
-    """Trains the models on a task, recurrent ones once for every seed, and scores them on the test patients.
+    """Trains the models on a task, recurrent ones with `seeds` seeds from `seed` on, and scores them on test patients.
 
     `options` are those of `gatewise.SequenceClassifier`, the same for all cells. `examine` looks into each model while
     it is there; what it returns, arrays and plain values by name, is kept with the scores.
@@ -181,14 +192,14 @@ def run_task(
     counted = tasks.target(outcome.test, task)
     for name in names:
         repeats = seeds if models.MODELS[name].kind == "recurrent" else 1
-        for seed in range(repeats):
-            key = f"{task} {trained_on or 'all'} {name} {seed}"
-            found = store.get(key, partial(trained, name, seed))
+        for one in range(seed, seed + repeats):
+            key = f"{task} {trained_on or 'all'} {name} {one}"
+            found = store.get(key, partial(trained, name, one))
             examined = {k[len(EXAMINED) :]: found.pop(k) for k in list(found) if k.startswith(EXAMINED)}
-            outcome.runs.setdefault(name, []).append(Run(seed=seed, examined=examined, **found))
+            outcome.runs.setdefault(name, []).append(Run(seed=one, examined=examined, **found))
             auroc, auprc = areas(counted.label[counted.counts], found["test"][counted.counts])
             cost = f"trained in {found['seconds']:.0f} s"
-            say(f"{task}, {name}, seed {seed}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, {cost}")
+            say(f"{task}, {name}, seed {one}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, {cost}")
     return outcome
 
 
@@ -221,7 +232,7 @@ def parts(
 
 
 def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[str, Any]]:
-    """A dict a model: areas and the gain over `BASELINE` as (value, low, high), areas in each group, cost.
+    """A dict a model: areas and the gain over `BASELINE`, with the ends of their intervals; areas in each group; cost.
 
     The intervals are over patients, by the bootstrap. Of a model trained with several seeds the scores are the mean
     of their probabilities; "AUROC a seed" has each seed by itself.
@@ -242,11 +253,11 @@ def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[s
         row: dict[str, Any] = {
             "model": name,
             "kind": models.MODELS[name].kind if runs else "truth",
-            "AUROC": metrics.interval(auroc, drawn_areas[name][:, 0]),
-            "AUPRC": metrics.interval(auprc, drawn_areas[name][:, 1]),
+            **_columns("AUROC", auroc, drawn_areas[name][:, 0]),
+            **_columns("AUPRC", auprc, drawn_areas[name][:, 1]),
         }
         if base is not None and drawn_base is not None:
-            row["AUROC gained"] = metrics.interval(auroc - base[0], drawn_areas[name][:, 0] - drawn_base[:, 0])
+            row |= _columns("AUROC gained", auroc - base[0], drawn_areas[name][:, 0] - drawn_base[:, 0])
         if outcome.task == "official":
             row["utility"] = utility(outcome, name) if runs else None
         for one in groups if len(groups) > 1 else ():
@@ -258,6 +269,10 @@ def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[s
         row["parameters"] = runs[0].parameters if runs else None
         rows.append(row)
     return rows
+
+
+def _columns(name: str, value: float, replicates: Scores) -> dict[str, float]:
+    return dict(zip((name, f"{name} low", f"{name} high"), metrics.interval(value, replicates)))
 
 
 def utility(outcome: Outcome, name: str) -> float:
@@ -293,53 +308,3 @@ def subgroups(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
             row[f"auroc {name}"], row[f"auprc {name}"] = areas(label, scores[name][rows])
         out.append(row)
     return out
-
-
-@dataclass(frozen=True)
-class Study:
-    """The test records, and each model's probabilities of label 1 on their rows, float64 [R], by its name."""
-
-    test: Records
-    scores: dict[str, Scores]
-    models: list[Model]
-
-    def table(self) -> list[dict[str, Any]]:
-        """A dict a model: model, auroc, auprc, seconds, parameters; then the areas in each group."""
-        trained = {model.name: model for model in self.models}
-        groups = np.unique(self.test.group)
-        rows = []
-        for name, score in self.scores.items():
-            row: dict[str, Any] = {"model": name}
-            row["auroc"], row["auprc"] = areas(self.test.label, score)
-            row["seconds"] = trained[name].seconds if name in trained else None
-            row["parameters"] = trained[name].parameters if name in trained else None
-            for group in groups if len(groups) > 1 else ():
-                part = self.test.rows_of(self.test.group == group)
-                row[f"auroc {group}"], row[f"auprc {group}"] = areas(self.test.label[part], score[part])
-            rows.append(row)
-        return rows
-
-
-def run(records: Records, say: Callable[[str], None] = print, seed: int = 0, **options: Any) -> Study:
-    """Trains the models and scores them on the test patients; `say` gets a line as each is done.
-
-    `seed` is that of every model; `options` are those of `gatewise.SequenceClassifier`, the same for all cells.
-
-    Raises:
-        ValueError: a part of the split has hours of one kind of label only.
-        ImportError: scikit-learn is missing.
-    """
-    training, validation, test = (records.select(part) for part in parts(records))
-    preparation = fit(training)
-    say(f"{len(preparation.names)} features an hour; training on {training.length.size} patients")
-    train, validate, unseen = (models.rows(part, preparation, "official") for part in (training, validation, test))
-    study = Study(test, {}, [])
-    if test.risk is not None:
-        study.scores[BEST] = test.risk
-    for name in ("logistic regression", *CELLS):
-        model = models.train(name, train, validate, seed, **(options if name in CELLS else {}))
-        study.models.append(model)
-        score = study.scores[name] = model.score(unseen)
-        auroc, auprc = areas(test.label, score)
-        say(f"{name}: AUROC {auroc:.3f}, AUPRC {auprc:.3f}, trained in {model.seconds:.1f} s")
-    return study

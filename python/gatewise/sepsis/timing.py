@@ -20,6 +20,7 @@ from .. import training
 from ..backends import choose_num_threads
 from ..estimators import SequenceClassifier
 from ..layers import Layer
+from .models import CELLS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 WAYS = ("gatewise", "gatewise.torch", "torch.nn padded", "torch.nn packed")
-CELLS = {"RNN": "rnn", "GRU": "gru", "LSTM": "lstm"}
 SAME_LOSS = 1e-3  # relative; float32 sums of ~100 updates in another order differ by 1e-5 to 1e-4
 SCORED_AT_ONCE = 256  # patients, as `training.Network.logits` has it
 
@@ -64,8 +64,8 @@ def epochs(
 
     Args:
         patients: a thousand of the challenge's take half a minute.
-        cells: of `CELLS`. rounds: epochs timed of each way; fewer, but one, where all of it would take longer than
-            `limit` seconds, as on a machine that is busy.
+        cells: of `models.CELLS`. rounds: epochs timed of each way; fewer, but one, where all of it would take longer
+            than `limit` seconds, as on a machine that is busy.
         options: hidden_size, batch_size, learning_rate, random_state, num_threads, as of SequenceClassifier.
 
     Returns:
