@@ -177,17 +177,21 @@ def test_autoregressive_coefficients_are_found_again() -> None:
 def test_an_untrained_rnn_forgets_exponentially_and_an_lstm_as_its_forget_gate_says() -> None:
     x = series(5, 8, 6, 49)
     networks = {name: trained(cell, 6) for name, cell in (("RNN", "rnn"), ("GRU", "gru"), ("LSTM", "lstm"))}
-    curves = insight.memory(networks, x, 48, {"AR(1)": [0.9]})
-    assert list(curves) == [
-        "AR(1)", "RNN untrained", "RNN trained", "GRU untrained", "GRU trained",
-        "LSTM untrained", "LSTM forget gate open", "LSTM forget gate shut", "LSTM trained",
-    ]  # fmt: skip
-    fades = {name: insight.fade(curve) for name, curve in curves.items()}
-    assert all(curve.shape == (49,) and curve[0] == 1 for curve in curves.values())
-    assert fades["RNN untrained"].straightness > 0.99 and fades["RNN untrained"].kept < 0.8
-    assert fades["LSTM forget gate shut"].left < 1e-12 < 1e-3 < fades["LSTM forget gate open"].left
+    groups = insight.memory(networks, x, 48, {"AR(1)": [0.9]})
+    assert {group: list(curves) for group, curves in groups.items()} == {
+        "before training": ["AR(1)", "RNN", "GRU", "LSTM"],
+        "after training": ["RNN", "GRU", "LSTM"],
+        "forget gate of an LSTM": ["open", "half open", "shut"],
+    }
+    assert all(curve.shape == (49,) and curve[0] == 1 for curves in groups.values() for curve in curves.values())
+    rnn = insight.fade(groups["before training"]["RNN"])
+    assert rnn.straightness > 0.99 and rnn.kept < 0.8
+    gate = {state: insight.fade(curve) for state, curve in groups["forget gate of an LSTM"].items()}
+    assert gate["shut"].left < 1e-12 < gate["half open"].left < 1e-3 < gate["open"].left
+    assert gate["shut"].half_life < gate["half open"].half_life < 2 and gate["open"].half_life > 5
     expected = insight.influence(networks["GRU"].layer, x, 48)
-    np.testing.assert_allclose(curves["GRU trained"], expected / expected[0])
+    np.testing.assert_allclose(groups["after training"]["GRU"], expected / expected[0])
+    assert "forget gate of an LSTM" not in insight.memory({"GRU": networks["GRU"]}, x, 5)
 
 
 def test_influence_without_a_long_sequence_or_with_zoneout_is_a_sentence() -> None:

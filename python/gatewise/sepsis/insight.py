@@ -82,11 +82,12 @@ def memory(
     lags: int = 48,
     coefficients: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
-) -> dict[str, Array]:
-    """Curves of influence by name, float64 [lags + 1] each, as shares of the influence at lag 0.
+) -> dict[str, dict[str, Array]]:
+    """Curves of influence, float64 [lags + 1] each, as shares of the influence at lag 0: group -> name -> curve.
 
-    Of each network: as it is ("LSTM trained"), and its cell with fresh weights ("LSTM untrained"). Of an LSTM's cell
-    also with fresh weights and the forget gate's bias at +5 or -5: "LSTM forget gate open", "LSTM forget gate shut".
+    "before training" has the networks' cells with fresh weights and the autoregressive models, "after training" the
+    networks as they are, and, where one of them is an LSTM, "forget gate of an LSTM" that cell with fresh weights and
+    the bias of its forget gate at +5 ("open"), 0 ("half open") and -5 ("shut").
 
     Args:
         networks: trained ones by name, such as `SequenceClassifier.network_`.
@@ -94,17 +95,21 @@ def memory(
         coefficients: of autoregressive models by name.
         seed: of the fresh weights.
     """
-    curves = {name: autoregressive_influence(phi, lags) for name, phi in (coefficients or {}).items()}
-    for name, network in networks.items():
-        layer = network.layer
+
+    def fresh(layer: Layer, **options: Any) -> Array:
         sizes = layer.cell, layer.input_size, layer.hidden_size, layer.num_layers
-        starts: dict[str, dict[str, Any]] = {"untrained": {}}
-        if layer.cell == "lstm":
-            starts |= {"forget gate open": {"forget_bias": 5.0}, "forget gate shut": {"forget_bias": -5.0}}
-        for state, options in starts.items():
-            curves[f"{name} {state}"] = influence(Layer(*sizes, random_state=seed, **options), x, lags)
-        curves[f"{name} trained"] = influence(layer, x, lags)
-    return {name: curve / curve[0] for name, curve in curves.items()}
+        return influence(Layer(*sizes, random_state=seed, **options), x, lags)
+
+    ar = {name: autoregressive_influence(phi, lags) for name, phi in (coefficients or {}).items()}
+    groups = {
+        "before training": ar | {name: fresh(network.layer) for name, network in networks.items()},
+        "after training": {name: influence(network.layer, x, lags) for name, network in networks.items()},
+    }
+    lstm = next((network.layer for network in networks.values() if network.layer.cell == "lstm"), None)
+    if lstm is not None:
+        biases = {"open": 5.0, "half open": 0.0, "shut": -5.0}
+        groups["forget gate of an LSTM"] = {state: fresh(lstm, forget_bias=bias) for state, bias in biases.items()}
+    return {group: {name: curve / curve[0] for name, curve in curves.items()} for group, curves in groups.items()}
 
 
 @dataclass(frozen=True)
