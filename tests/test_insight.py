@@ -424,6 +424,36 @@ def test_the_words_say_what_the_numbers_are() -> None:
     ]
 
 
+def test_of_a_network_with_classes_a_group_adds_the_slope_of_the_log_odds() -> None:
+    random = np.random.default_rng(3)
+    x = series(9, 20, len(NAMES), 12)
+    y = [random.integers(0, 4, len(one)) for one in x]
+    model = SequenceClassifier(hidden_size=6, max_epochs=1, validation_fraction=0.0, verbose=0, random_state=0).fit(
+        x, y
+    )
+    network, (table, one) = model.network_, one_patient(15)
+    positive = model.classes_ % 2 == 1
+    found = insight.gates(network, one, NAMES, table.clock, 6, positive)
+    exact = insight._in_float64(network.layer)
+    h = exact.forward(np.ascontiguousarray(one[:, None].astype(np.float64)))[0][:, 0]
+
+    def log_odds(h: np.ndarray) -> np.ndarray:
+        z = np.exp(h @ network.head.weight.T.astype(np.float64) + network.head.bias)
+        return np.log(z[:, positive].sum(axis=1) / z[:, ~positive].sum(axis=1))
+
+    slope = insight._slope(network.head, h, positive)
+    for unit in range(6):
+        step = 1e-6 * (np.arange(6) == unit)
+        np.testing.assert_allclose((log_odds(h + step) - log_odds(h - step)) / 2e-6, slope[:, unit], atol=1e-8)
+    turned = np.where(slope.mean(axis=0) < 0, -1, 1)
+    np.testing.assert_allclose(found.h, h * turned, atol=1e-12)
+    np.testing.assert_allclose(found.adds.sum(axis=1), (h * slope).sum(axis=1), atol=1e-12)
+    with pytest.raises(ValueError, match="network: expected one output; got 4"):
+        insight.gates(network, one, NAMES, table.clock)
+    with pytest.raises(ValueError, match="network: expected an output for each of 2 classes; got 4"):
+        insight.gates(network, one, NAMES, table.clock, 4, positive[:2])
+
+
 def test_the_words_name_hours_before_and_drugs_given() -> None:
     table, _ = one_patient(6)
     table.measured[:] = np.nan

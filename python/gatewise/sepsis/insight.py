@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gatewise.layers import Layer
+from gatewise.training import softmax
 
 from .cohort import HORIZON, exponential, hump, plateau, true_risk
 from .records import Records
@@ -20,7 +21,7 @@ from .records import Records
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from gatewise.training import Network
+    from gatewise.training import Linear, Network
 
     Array = NDArray[np.float64]
 
@@ -293,7 +294,7 @@ class Gates:
         sources: S names: the variables and background that the network sees, and last `PAST`.
         parts: [4, K, T, S] of `GATES`: where the mean of a group's gate before its activation comes from; each source's
             part, less its mean over the stay.
-        adds: [T, K], what each group adds to the log-odds of the score.
+        adds: [T, K], what each group adds to the log-odds of the score; to first order, if the network has classes.
     """
 
     hour: Array
@@ -325,23 +326,32 @@ class Gates:
         return shares
 
 
-def gates(network: Network, x: NDArray[Any], names: Sequence[str], hour: NDArray[Any], groups: int = 4) -> Gates:
+def gates(
+    network: Network,
+    x: NDArray[Any],
+    names: Sequence[str],
+    hour: NDArray[Any],
+    groups: int = 4,
+    positive: NDArray[np.bool_] | None = None,
+) -> Gates:
     """The gates of one patient.
 
     Args:
-        network: of an LSTM with one output, such as `SequenceClassifier.network_`.
+        network: of an LSTM, such as `SequenceClassifier.network_`.
         x, names: [T, F] the patient's features and their F names, as `features` makes them.
         hour: [T] hours in intensive care.
         groups: K; units are grouped by Ward's hierarchical clustering of what their gates and states do over the hours.
+        positive: bool [classes], which of the network's classes are label 1, where it has more than one output.
 
     Raises:
-        ValueError: the network is not one layer of an LSTM in one direction with one output, or the names do not fit.
+        ValueError: the network is not one layer of an LSTM in one direction, or names or classes do not fit it.
     """
     layer, head = network.layer, network.head
     if layer.cell not in ("lstm", "lstm_peephole") or layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
         raise ValueError(f"network: expected one layer of an LSTM in one direction; got {layer!r}")
-    if len(head.bias) != 1:
-        raise ValueError(f"network: expected one output; got {len(head.bias)}")
+    if len(head.bias) != (1 if positive is None else len(positive)):
+        asked = "one output" if positive is None else f"an output for each of {len(positive)} classes"
+        raise ValueError(f"network: expected {asked}; got {len(head.bias)}")
     if len(names) != x.shape[1]:
         raise ValueError(f"names: expected one for each of {x.shape[1]} features; got {len(names)}")
     groups = min(groups, layer.hidden_size)
@@ -351,8 +361,8 @@ def gates(network: Network, x: NDArray[Any], names: Sequence[str], hour: NDArray
     assert tape is not None
     run = tape.runs[0][0]
     assert run.c is not None
-    weight = head.weight[0].astype(np.float64)
-    sign = np.where(weight < 0, -1.0, 1.0)
+    weight = _slope(head, y[:, 0], positive)
+    sign = np.where(weight.sum(axis=0) < 0, -1.0, 1.0)
     i, f, g, o = run.gates[:, 0].swapaxes(0, 1)
     c, h = run.c[:, 0] * sign, y[:, 0] * sign
     behaviour = np.concatenate([i, f, g * sign, o, np.tanh(c)])
@@ -371,9 +381,20 @@ def gates(network: Network, x: NDArray[Any], names: Sequence[str], hour: NDArray
     parts = np.einsum("qkf,tf,fs->qkts", mean_weight, inputs, belongs, optimize=True)
     parts[..., -1] = np.einsum("qth,hk->qkt", before, members) - parts.sum(axis=3)
     parts -= parts.mean(axis=2, keepdims=True)
-    adds = np.einsum("th,hk->tk", h * np.abs(weight), np.eye(groups)[group])
+    adds = np.einsum("th,hk->tk", y[:, 0] * weight, np.eye(groups)[group])
     hours = np.asarray(hour, np.float64)
     return Gates(hours, i, f, g * sign, o, c, h, group, order, sources, parts, adds)
+
+
+def _slope(head: Linear, h: Array, positive: NDArray[np.bool_] | None) -> Array:
+    """[T, H]: the derivative of the score's log-odds by h [T, H]; the head's weight itself where it has one output."""
+    weight, bias = head.weight.astype(np.float64), head.bias.astype(np.float64)
+    if positive is None:
+        return np.repeat(weight, len(h), axis=0)
+    p = softmax(np.einsum("th,kh->tk", h, weight) + bias)
+    shares = p / np.where(positive, p[:, positive].sum(axis=1)[:, None], -p[:, ~positive].sum(axis=1)[:, None])
+    slope: Array = shares @ weight
+    return slope
 
 
 def _group(behaviour: Array, f: Array, groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
