@@ -44,6 +44,15 @@ def test_every_way_trains_the_same_model(cell: str) -> None:
         np.testing.assert_allclose(fit.scores, ours.scores, rtol=0.02, atol=1e-3, err_msg=way)
 
 
+def test_every_way_lowers_the_rate_and_shrinks_the_weights_alike() -> None:
+    pytest.importorskip("torch")
+    train = people(0, 30)
+    options = {**OPTIONS, "max_epochs": 4, "random_state": 3, "schedule": "cosine", "weight_decay": 0.05}
+    ours, *others = (timing.fit(way, "lstm", options, train).history for way in timing.WAYS)
+    for history in others:
+        np.testing.assert_allclose([e["train_loss"] for e in history], [e["train_loss"] for e in ours], rtol=1e-5)
+
+
 def test_epochs_gives_a_row_a_cell_and_way() -> None:
     pytest.importorskip("torch")
     wide = people(0, 40, scale=30)  # the norms of its gradients are beyond those at which they are clipped

@@ -124,7 +124,8 @@ def fit(
     """Trains a model one way, one of WAYS, and scores the test patients.
 
     `options` are those of SequenceClassifier: hidden_size, batch_size, learning_rate, max_epochs, random_state,
-    num_threads. Without validation patients the last epoch's weights are kept.
+    num_threads, and, where they are not the defaults, weight_decay and schedule. Without validation patients the last
+    epoch's weights are kept.
 
     Raises:
         ValueError: no such way.
@@ -183,7 +184,9 @@ def _train(model: Any, train: Patients, validation: Patients, options: dict[str,
 
     lengths = np.array([len(y) for y in train.y])
     hours, held_out = int(lengths.sum()), sum(len(y) for y in validation.y)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
+    decay, updates = options.get("weight_decay", 0.0), options["max_epochs"] * -(-len(train.y) // options["batch_size"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"], weight_decay=decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     history: list[dict[str, Any]] = []
     best, best_loss = {}, np.inf
     for epoch in range(1, options["max_epochs"] + 1):
@@ -195,6 +198,8 @@ def _train(model: Any, train: Patients, validation: Patients, options: dict[str,
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            if options.get("schedule") == "cosine":
+                cosine.step()
             total += loss.item() * len(label)
         if held_out:
             val_loss = sum(
