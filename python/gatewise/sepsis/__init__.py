@@ -31,18 +31,20 @@ REAL: dict[str, Any] = {
     "hidden_size": 100,
     "batch_size": 64,
     "learning_rate": 2e-3,
+    "schedule": "cosine",
     "patience": None,
 }
-# And how the study trains them on real records, beside that; PyTorch's loops in `timing` have neither.
-TAUGHT: dict[str, Any] = {"schedule": "cosine", "stages": True}
+# With these an LSTM comes within .01 of the best possible AUROC from 24,000 simulated patients on.
 SIMULATED: dict[str, Any] = {
-    "max_epochs": 20,
+    "max_epochs": 8,
     "hidden_size": 32,
     "batch_size": 32,
-    "learning_rate": 3e-3,
+    "learning_rate": 6e-3,
+    "schedule": "cosine",
+    "weight_decay": 3e-5,
     "patience": None,
 }
-PATIENTS = 4000  # of the simulated cohort
+PATIENTS = 30_000  # of the simulated cohort
 
 
 def demo(
@@ -104,7 +106,7 @@ def demo(
             order = np.random.default_rng(seed).permutation(records.length.size)
             records = records.select(order < patients)
         say(_size(str(challenge), records))
-        settings = options(REAL) | TAUGHT
+        settings = options(REAL) | {"stages": True}
         kept = store(records, settings, seed)
         results.challenge = chapters.challenge(records, kept, say, seeds, seed=seed, **settings)
         for outcome in results.challenge.tasks.values():

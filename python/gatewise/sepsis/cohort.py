@@ -101,14 +101,14 @@ VARIABLES = (
 DRUGS = (
     Drug("Antibiotic", exponential, 8.0, -1.6, 0.020, 0.5, {"Temp": -0.4}),
     Drug("Steroid", hump, 14.0, 1.5, 0.010, 0.3, {"Glucose": 1.2}),
-    Drug("Sedative", plateau, 10.0, 1.2, 0.012, 0.0, {"HR": -0.5, "Resp": -0.6}),
+    Drug("Sedative", plateau, 10.0, 1.5, 0.012, 0.0, {"HR": -0.5, "Resp": -0.6}),
 )
 NAMES = (*(v.name for v in VARIABLES), *(d.name for d in DRUGS))
 NORMAL, SPREAD = (np.array([getattr(v, name) for v in VARIABLES]) for name in ("normal", "spread"))
 LACTATE = NAMES.index("Lactate")
-BASE = -7.6  # log-odds of sepsis an hour without strain, lactate or doses
-STRAIN, STRAIN_MEMORY = 3.0, 0.9  # weight of the strain, and the share of it kept from hour to hour
-LACTATE_RISE, LACTATE_HALF_LIFE = 0.9, 12.0  # per spread above the reading before; fades with the hours since
+BASE = -8.0  # log-odds of sepsis an hour without strain, lactate or doses
+STRAIN, STRAIN_MEMORY = 5.2, 0.9  # weight of the strain, and the share of it kept from hour to hour
+LACTATE_RISE, LACTATE_HALF_LIFE = 0.45, 12.0  # per spread above the reading before; fades with the hours since
 AGE_PER_DECADE, MALE = 0.15, 0.2
 
 
