@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 RECURRENT = tuple(name for name, spec in models.MODELS.items() if spec.kind == "recurrent")
 GATED = "LSTM"  # the model whose gates are shown
+GATE = "forget gate of an LSTM"  # the group of curves that `insight.memory` makes of it
 LAGS = 48  # hours that memory and the effect of a dose are followed
 MEMORY_PATIENTS = 64  # of the longest test stays, for the curves of influence
 
@@ -41,9 +42,11 @@ def _look_into(model: models.Model, preparation: Preparation, rows: models.Rows,
     sequences = sorted(rows.sequences(rows.x), key=len, reverse=True)[:MEMORY_PATIENTS]
     found: dict[str, Any] = {}
     if len(sequences[0]) > LAGS:
-        curves = insight.memory({model.name: network}, sequences, LAGS)
-        found |= {f"memory {name}": curve for name, curve in curves.items()}
-    if model.name == GATED and len(model.network.classes_) == 2:
+        groups = insight.memory({model.name: network}, sequences, LAGS)
+        found |= {
+            f"memory {group}: {name}": curve for group, curves in groups.items() for name, curve in curves.items()
+        }
+    if model.name == GATED:
         found |= _gates(model, rows, test, insight.example(test, model.score(rows)))
     return found
 
@@ -257,14 +260,25 @@ def _best(table: Sequence[dict[str, Any]], kind: str) -> str:
     return str(max((row for row in table if row["kind"] == kind), key=lambda row: row["AUROC"])["model"])
 
 
-def _fades(outcome: Outcome) -> dict[str, insight.Fade]:
-    """How each curve of memory fades, by its name."""
-    return {name: insight.fade(curve) for name, curve in _memory(outcome).items()}
+Groups = dict[str, dict[str, "NDArray[np.float64]"]]
 
 
-def _memory(outcome: Outcome) -> dict[str, NDArray[np.float64]]:
-    examined = [runs[0].examined for runs in outcome.runs.values()]
-    return {k.removeprefix("memory "): v for found in examined for k, v in found.items() if k.startswith("memory ")}
+def _memory(outcome: Outcome) -> Groups:
+    """Curves of memory, group -> name -> curve: of the recurrent models, and of autoregressions of the heart rate."""
+    groups: Groups = {}
+    for runs in outcome.runs.values():
+        for key, curve in runs[0].examined.items():
+            if key.startswith("memory "):
+                group, _, name = key.removeprefix("memory ").partition(": ")
+                groups.setdefault(group, {})[name] = curve
+    if groups:
+        rate = outcome.validation.measured[:, outcome.validation.variables.index("HR")]
+        known = [one[~np.isnan(one)] for one in np.split(rate, outcome.validation.offset[1:-1])]
+        for order in (1, 6):
+            coefficients = insight.fit_autoregressive(known, order).tolist()
+            curve = insight.autoregressive_influence(coefficients, LAGS)
+            groups.setdefault("autoregressions of the heart rate", {})[f"AR({order})"] = curve
+    return groups
 
 
 def _decay(outcome: Outcome) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -280,7 +294,12 @@ def _decay(outcome: Outcome) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], real: dict[str, Any]) -> None:
-    fades = _fades(results.simulated)
+    memory = _memory(results.simulated)
+    untrained = insight.fade(memory["before training"]["RNN"])
+    trained, is_open, shut = (
+        100 * insight.fade(memory[group][name]).left
+        for group, name in (("after training", "LSTM"), (GATE, "open"), (GATE, "shut"))
+    )
     shapes = insight.decay_table(*_decay(results.simulated))
     matched = {
         name: sum(row["shape"] == row["true shape"] for row in shapes if row["model"] == name)
@@ -311,15 +330,14 @@ def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], 
         {
             "claim": "An RNN remembers by itself, but what it remembers fades exponentially.",
             "measured": f"AUROC {_of(simulated, 'RNN'):.3f}. The influence of an input on the state of an untrained "
-            f"RNN is an exponential in its age (R² {fades['RNN untrained'].straightness:.2f}), halved every "
-            f"{_hours(np.log(0.5) / np.log(fades['RNN untrained'].kept))}.",
+            f"RNN is an exponential in its age (R² {untrained.straightness:.3f}): an hour leaves "
+            f"{100 * untrained.kept:.0f} % of it.",
         },
         {
             "claim": "An LSTM's gates weigh the past, so that its memory need not fade.",
             "measured": f"AUROC {_of(simulated, 'LSTM'):.3f}, {best - _of(simulated, 'LSTM'):.3f} below the best "
-            f"possible. With the forget gate open {100 * fades['LSTM forget gate open'].left:.0f} % of an input's "
-            f"influence is left after {LAGS} hours, with the gate shut {100 * fades['LSTM forget gate shut'].left:.1g} "
-            f"%, after training {100 * fades['LSTM trained'].left:.1g} %.",
+            f"possible. With the forget gate open {is_open:.0f} % of an input's influence is there after {LAGS} hours, "
+            f"with the gate shut {shut:.1g} %, after training {trained:.1g} %.",
         },
         {
             "claim": "Different things can decay at different rates and in different forms.",
@@ -339,10 +357,6 @@ def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], 
             f"{_of(official, BASELINE):.3f} ({_of(official, BASELINE, 'AUPRC'):.3f}).",
         })  # fmt: skip
     page.table("claims", rows, "Each claim and what was measured for it.")
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours < 100 else f"{hours:.0f} hours"
 
 
 def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -> None:
@@ -366,7 +380,7 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
     if curves:
         _tell_memory(page, "memory", curves, "simulated patients")
     truth, learned = _decay(outcome)
-    shown = {name: learned[name] for name in ("GLM lags", "RNN", "GRU", "LSTM")}
+    shown = {name: learned[name] for name in (BASELINE, "GLM lags", "RNN", "GRU", "LSTM")}
     page.section(
         "How an effect comes and goes",
         (
@@ -381,7 +395,7 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         "A panel a drug: the change of the log-odds over the hours after a dose, the truth and a line a model.",
     )  # fmt: skip
     page.table(
-        "decay", insight.decay_table(truth, learned), "How well the learned responses match.",
+        "decay", insight.decay_table(truth, shown), "How well the learned responses match.",
         "Correlation: of the two curves over 48 hours. Size: of the learned along the true one, 1 where they agree. "
         "Error: root mean square of the difference, as a share of the truth's. Shape: the family nearest to the curve "
         "with its half-life, peak or width in hours; misfit: what that family leaves, as a share of the curve.",
@@ -400,15 +414,7 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         )  # fmt: skip
 
 
-def _tell_memory(page: Page, name: str, curves: dict[str, Any], whose: str) -> None:
-    def group(*wanted: str) -> dict[str, Any]:
-        return {k: v for k, v in curves.items() if any(k.endswith(one) for one in wanted)}
-
-    groups = {
-        "before training": group("untrained"),
-        "after training": group(" trained"),
-        "LSTM, untrained, forget gate": group("open", "shut"),
-    }
+def _tell_memory(page: Page, name: str, groups: Groups, whose: str) -> None:
     page.section(
         "How long an input is remembered",
         (
@@ -418,17 +424,23 @@ def _tell_memory(page: Page, name: str, curves: dict[str, Any], whose: str) -> N
         ),
     )
     page.figure(
-        name, partial(figures.memory, {k: v for k, v in groups.items() if v}),
-        "Influence of an input some hours later.",
-        "Panels of curves that fall with the hours: before training, after training, and of an LSTM whose forget gate "
-        "is held open or shut.",
+        name, partial(figures.memory, groups), "Influence of an input some hours later.",
+        "Panels of curves that fall with the hours: networks before and after training, an LSTM whose forget gate is "
+        "open, half open and shut, and autoregressions.",
     )  # fmt: skip
-    rows = [{"network": k, **asdict(insight.fade(v))} for k, v in curves.items()]
+    rows = []
+    for group, curves in groups.items():
+        for title, curve in curves.items():
+            fade = insight.fade(curve)
+            rows.append({
+                "curve": title, "group": group, "half-life": fade.half_life, "kept an hour": fade.kept,
+                "R²": fade.straightness, f"left after {LAGS} hours": fade.left,
+            })  # fmt: skip
     page.table(
         name, rows, "How the influence fades.",
-        "Half-life: hours after which it stays below half. Kept: the factor an hour of the nearest exponential, and R² "
-        f"of that fit. Left: after {LAGS} hours.",
-        formats={"half_life": ".1f", "kept": ".3f", "straightness": ".3f", "left": ".2g"},
+        "Half-life: hours after which it stays below half of its start. Kept an hour: the factor of the nearest "
+        "exponential, and R² of that fit.",
+        formats={"half-life": ".1f", f"left after {LAGS} hours": ".2g"},
     )  # fmt: skip
 
 
