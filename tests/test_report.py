@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from matplotlib.colors import to_hex
 from sklearn.metrics import roc_auc_score
 
 from gatewise.sepsis import figures, report
@@ -81,6 +82,18 @@ def test_a_model_looks_the_same_in_every_figure() -> None:
             assert not axes.spines["top"].get_visible() and not axes.spines["right"].get_visible()
 
 
+def test_states_of_a_model_have_its_look_and_two_in_one_panel_their_own() -> None:
+    curves = {"LSTM trained": np.ones(5), "LSTM peephole trained": np.ones(5), "MLPs": np.ones(5)}
+    apart = {"LSTM forget gate open": np.ones(5), "LSTM forget gate shut": np.ones(5)}
+    one, other = (
+        [(line.get_color(), line.get_marker()) for line in axes.lines]
+        for axes in figures.memory({"after": curves, "forget gate": apart}).axes
+    )
+    looks = {name: (look["color"], look["marker"]) for name, look in figures.LOOKS.items()}
+    assert one[:2] == [looks["LSTM"], looks["LSTM peephole"]] and one[2] not in looks.values()
+    assert len(set(other)) == 2
+
+
 def test_representatives_are_the_recurrent_models_and_the_best_of_each_family() -> None:
     family = {"a": "linear", "b": "linear", "c": "AR", "RNN": "recurrent", "LSTM": "recurrent"}
     quality = {"best possible": 0.95, "a": 0.7, "b": 0.8, "RNN": 0.6, "c": 0.5, "LSTM": 0.9}
@@ -143,6 +156,8 @@ def test_gates_puts_units_by_cluster_over_the_record_on_one_time_axis() -> None:
         assert [tick.get_text() for tick in axes.get_yticklabels()] == ["1", "2"]
         assert axes.get_yticks().tolist() == [1, 4]  # the middle of rows 0..2 and 3..5
         assert tuple(image.get_extent()) == (3.5, 15.5, 5.5, -0.5)
+        grey = [luminance(to_hex(color)) for color in image.get_cmap()(np.linspace(0, 1, 32))]
+        assert (np.diff(grey) > 0).all() or (np.diff(grey) < 0).all()  # a grey printer keeps the order
     assert forget.images[0].get_clim() == (0, 1)
     limit = np.abs(cell).max()
     assert state.images[0].get_clim() == (-limit, limit)
@@ -150,13 +165,11 @@ def test_gates_puts_units_by_cluster_over_the_record_on_one_time_axis() -> None:
     assert {axes.get_xlim() for axes in figure.axes if axes.get_label() != "<colorbar>"} == {(3.5, 15.5)}
 
 
-def test_heat_maps_only_darken_or_lighten() -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    for name in ("Greys", "cividis"):
-        grey = [luminance(to_hex(color)) for color in colormaps[name](np.linspace(0, 1, 32))]
-        assert (np.diff(grey) > 0).all() or (np.diff(grey) < 0).all()
+def test_the_numbers_of_small_clusters_are_not_on_each_other() -> None:
+    cluster = np.array([1] * 20 + [2, 3, 4, 4])
+    figure = figures.gates({"forget f": np.random.default_rng(0).random((12, 24))}, np.arange(24), cluster, **stay())
+    places = figure.axes[0].get_yticks()
+    assert (np.diff(places) > 3).all() and places[-1] == 22.5 and abs(places[0] - 9.5) < 3
 
 
 def test_patient_shows_readings_where_they_were_taken_and_drugs_where_they_were_given() -> None:
@@ -260,6 +273,8 @@ ROWS: list[dict[str, Any]] = [
      "words": NASTY},
     {"model": NASTY, "AUROC": 0.5, "AUROC low": None, "AUROC high": float("nan"), "seconds": None, "parameters": 7,
      "words": None},
+    {"model": "AR(1)", "AUROC": 0.5, "AUROC low": 0.4, "AUROC high": float("inf"), "seconds": 0.04, "parameters": 0,
+     "words": ""},
 ]  # fmt: skip
 
 
@@ -372,6 +387,7 @@ def test_the_table_shows_the_numbers_of_its_csv_rounded(page: report.Page) -> No
         "model", "AUROC", "seconds", "parameters", "words",
         "LSTM", auroc, f"{float(rows[0]['seconds']):.1f}", f"{int(rows[0]['parameters']):,}", NASTY,
         NASTY, f"{float(rows[1]['AUROC']):.3f}", report.MISSING, rows[1]["parameters"], report.MISSING,
+        "AR(1)", "0.500 (0.400 to ∞)", "0.0", "0", "",
     ]  # fmt: skip
 
 

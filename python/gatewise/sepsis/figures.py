@@ -166,7 +166,8 @@ def gates(
             axes.axhline(edge - 0.5, color=VERMILLION, linewidth=0.8)
         for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
             axes.add_patch(_bar(axes, start - 0.5, end - start, BLACK if k % 2 else LIGHT))
-        axes.set_yticks((bounds[:-1] + bounds[1:] - 1) / 2, [str(members[start]) for start in bounds[:-1]])
+        middle = (bounds[:-1] + bounds[1:] - 1) / 2
+        axes.set_yticks(_apart(middle, 0.13 * len(members)), [str(members[start]) for start in bounds[:-1]])
         axes.tick_params(axis="y", length=0, pad=9)
         axes.set_ylabel(name)
         figure.colorbar(image, ax=axes, pad=0.01, aspect=10, ticks=[0, 1] if gate else [-limit, 0, limit],
@@ -249,6 +250,14 @@ def _align(figure: Figure, panels: list[Axes]) -> None:
     """The names of the y axes in one column, 0.55 inches from the axes: `align_ylabels` would measure every tick."""
     for axes in panels:
         axes.yaxis.set_label_coords(-0.55 / (figure.get_figwidth() - 1.5), 0.5)
+
+
+def _apart(places: Array, distance: float) -> Array:
+    """Rising places moved so far up that each is this far from the next; the last one stays."""
+    moved = places.astype(np.float64)
+    for i in range(len(moved) - 2, -1, -1):
+        moved[i] = min(moved[i], moved[i + 1] - distance)
+    return moved
 
 
 def _bar(axes: Axes, start: float, height: float, color: str) -> Any:
@@ -479,10 +488,13 @@ def _panels(width: float, count: int, height: float, sharey: bool = False) -> tu
 
 
 def _looks(names: Iterable[str]) -> list[dict[str, Any]]:
-    """The look of each name; markers at equal distances along a line, at other places for the next one."""
+    """The look of each name: its model's, also of "RNN trained", unless another name here is of the same model; then
+    each has one of its own. Markers stand at equal distances along a line, at other places for the next one."""
+    names = list(names)
+    models = [max((one for one in LOOKS if f"{name} ".startswith(f"{one} ")), key=len, default="") for name in names]
     looks = []
-    for k, name in enumerate(names):
-        look = LOOKS.get(name, OTHERS[k % len(OTHERS)])
+    for k, model in enumerate(models):
+        look = LOOKS[model] if model and models.count(model) == 1 else OTHERS[k % len(OTHERS)]
         looks.append({**look, "markersize": 4.5, "markevery": (0.02 + 0.025 * (k % 5), 0.15)})
     return looks
 

@@ -256,7 +256,7 @@ def _number(value: Any, form: str | None) -> str:
     if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
         return MISSING
     if isinstance(value, (float, np.floating)):
-        return format(value, form or ".3f")
+        return format(value, form or ".3f").replace("inf", "∞")
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return format(value, form or ",")
     return str(value)
@@ -297,7 +297,7 @@ CSS = """
   :root { --ink: #e4e4e4; --soft: #a8a8a8; --paper: #17191c; --rule: #4a4a4a; --band: #222529; --link: #7db8e8; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1.0625rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 1rem 0; }
 h2 { font-size: 1.4rem; line-height: 1.25; margin: 3rem 0 .75rem; padding-top: .75rem;
