@@ -121,6 +121,15 @@ def test_memory_shows_every_curve_of_every_group(width: float, columns: int) -> 
     assert texts(figure) == ["RNN", "AR(6)"]
 
 
+def test_four_panels_stand_two_by_two_and_on_a_telephone_in_a_column() -> None:
+    groups = {name: {"RNN": np.ones(3)} for name in "abcd"}
+    for width, shape in ((figures.WIDE, (2, 2)), (figures.NARROW, (4, 1))):
+        grids = {
+            axes.get_subplotspec().get_gridspec().get_geometry() for axes in figures.memory(groups, width=width).axes
+        }
+        assert grids == {shape}
+
+
 def test_decay_shows_the_truth_beside_what_was_learned() -> None:
     truth = {"Antibiotic": np.linspace(-1, 0, 30), "Steroid": np.sin(np.arange(30.0))}
     learned = {"LSTM": {drug: curve * 0.9 for drug, curve in truth.items()}, "GLM lags": {"Steroid": np.ones(30)}}

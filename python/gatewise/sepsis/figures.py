@@ -477,9 +477,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panels(width: float, count: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Panels of this height in inches, side by side as far as they fit, and those of the first column."""
-    columns = max(1, min(count, 3, int(width / 2.7)))
-    rows = -(-count // columns)
+    """Panels of this height in inches, side by side as far as they fit, and those of the first column among them."""
+    rows = -(-count // max(1, min(count, 3, int(width / 2.7))))
+    columns = -(-count // rows)  # four are two by two, and none is alone in its row
     figure = _figure(width, rows * height + 0.8)
     grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     for axes in grid.flat[count:]:
