@@ -65,6 +65,37 @@ def test_the_true_risk_of_a_dose_in_closed_form() -> None:
     np.testing.assert_allclose(cohort.true_risk(table)[:60], expected, rtol=1e-12)
 
 
+def test_the_true_risk_is_what_the_cohort_says_row_by_row(simulated: records.Records) -> None:
+    """The definition once more, by plain loops: strain, rise of lactate and doses, six hours later."""
+    assert simulated.risk is not None
+    variables = {v.name: v for v in cohort.VARIABLES}
+    for one in range(8):
+        start, end = simulated.offset[one : one + 2]
+        age, male = simulated.background[start].astype(float)
+        rest = cohort.BASE + cohort.AGE_PER_DECADE * (age - 63) / 10 + cohort.MALE * male
+        hazard = [0.0, *[1 / (1 + np.exp(-rest))] * (cohort.HORIZON - 1)]
+        last, strain, rise, drawn, doses = dict.fromkeys(variables, 0.0), 0.0, 0.0, -1, []
+        for t, row in enumerate(simulated.measured[start:end].astype(float)):
+            record = dict(zip(simulated.variables, row))
+            for name, v in variables.items():
+                if not np.isnan(record[name]):
+                    value = (record[name] - v.normal) / v.spread
+                    if name == "Lactate":
+                        rise, drawn = (value - last[name] if drawn >= 0 else 0.0), t
+                    last[name] = value
+            now = sum(v.strain * last[name] for name, v in variables.items())
+            strain = cohort.STRAIN_MEMORY * strain + (1 - cohort.STRAIN_MEMORY) * now
+            doses += [(drug, t, record[drug.name]) for drug in cohort.DRUGS if not np.isnan(record[drug.name])]
+            drive = rest + cohort.STRAIN * strain
+            if drawn >= 0:
+                drive += cohort.LACTATE_RISE * rise * 0.5 ** ((t - drawn) / cohort.LACTATE_HALF_LIFE)
+            for drug, given, amount in doses:
+                drive += amount * drug.hazard * float(drug.shape(np.array(t - given), drug.hours))
+            hazard.append(1 / (1 + np.exp(-min(drive, 10.0))))
+            risk = 1 - np.prod(1 - np.array(hazard[t + 1 : t + 1 + cohort.HORIZON]))
+            assert simulated.risk[start + t] == pytest.approx(risk, rel=1e-9), (one, t)
+
+
 def test_the_true_risk_of_other_records_is_a_sentence(simulated: records.Records) -> None:
     with pytest.raises(ValueError, match=r"records: expected the variables of a simulated cohort, HR, .*; got HR, MAP"):
         cohort.true_risk(replace(simulated, variables=(*simulated.variables[:-1], "Insulin")))
@@ -457,7 +488,7 @@ def test_of_a_network_with_classes_a_group_adds_the_slope_of_the_log_odds() -> N
 def test_the_words_name_hours_before_and_drugs_given() -> None:
     table, _ = one_patient(6)
     table.measured[:] = np.nan
-    table.measured[1, 2] = 1.0
+    table.measured[[0, 1], 2] = 1.0
     parts = np.zeros((4, 1, 6, 4))
     parts[1, 0, 3, 2] = parts[1, 0, 4, 1] = -1.0
     parts[1, 0, 5, 3] = -1.0
@@ -471,6 +502,22 @@ def test_the_words_name_hours_before_and_drugs_given() -> None:
         "", "", "", ", most of all by Steroid, given 2 hours before",
         ", most of all because Lactate was not measured so far", ", out of what the network held before",
     ]  # fmt: skip
+
+
+def test_the_words_name_the_hours_in_which_a_forget_gate_is_low() -> None:
+    table, _ = one_patient(8)
+    zeros, parts = np.zeros((8, 1)), np.zeros((4, 1, 8, 1))
+    found = insight.Gates(
+        table.clock, zeros, zeros, zeros, zeros, zeros, zeros, np.zeros(1, int), np.zeros(1, int),
+        (insight.PAST,), parts, zeros,
+    )  # fmt: skip
+    for f, words in (
+        ([0.9, 0.9, 0.5, 0.4, 0.6, 0.9, 0.9, 0.9], "falls to 0.40 in hours 3 to 5."),
+        ([0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.4], "falls to 0.40 in hours 7 to 8."),
+        ([0.3, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], "falls to 0.30 in hour 1."),
+    ):
+        assert insight._forget(found, table, 0, np.array(f)) == f"Its forget gate, 0.90 in most hours, {words}"
+    assert insight._forget(found, table, 0, np.linspace(0.6, 0.65, 8)).endswith("hardly moves: 0.60 to 0.65.")
 
 
 def test_gates_of_what_has_none_is_a_sentence() -> None:
