@@ -77,7 +77,7 @@ def test_the_numbers_of_the_claims_are_those_of_the_tables(simulated: tuple[Path
     told = {row["model"]: 0 for row in found["decay"]}
     for row in found["decay"]:
         told[row["model"]] += row["shape"] == row["true shape"]
-    for name in ("GLM lags", "RNN", "GRU", "LSTM"):
+    for name in chapters.FOLLOWED:
         assert f"{name} {told[name]} of 3" in measured[5]
 
 

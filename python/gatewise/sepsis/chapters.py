@@ -72,6 +72,7 @@ def _responses(model: models.Model, preparation: Preparation, test: Records) -> 
 
 # ---- the simulated cohort ----------------------------------------------------------------------------------
 
+FOLLOWED = (BASELINE, "GLM lags", "RNN", "GRU", "LSTM")  # whose response to a dose is looked at
 SIMULATED_MODELS = (
     "AR(1)", "GLM AR(1)", "GLM covariates", "GLM lags", BASELINE, "gradient boosting", "RNN", "GRU", "LSTM",
 )  # fmt: skip
@@ -82,7 +83,8 @@ def simulated(records: Records, store: Store, say: Say, **options: Any) -> Outco
     test = records.select(records.split()[2])
 
     def examine(model: models.Model, preparation: Preparation, rows: models.Rows) -> dict[str, Any]:
-        return _look_into(model, preparation, rows, test) | _responses(model, preparation, test)
+        responses = _responses(model, preparation, test) if model.name in FOLLOWED else {}
+        return _look_into(model, preparation, rows, test) | responses
 
     return study.run_task(store, records, "official", SIMULATED_MODELS, examine=examine, say=say, **options)
 
@@ -287,8 +289,7 @@ def _decay(outcome: Outcome) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
     truth = {drug: insight.dose_response(true_risk, outcome.test, drug, LAGS) for drug in outcome.test.doses}
     learned = {
-        name: {drug: runs[0].examined[f"dose {drug}"] for drug in outcome.test.doses}
-        for name, runs in outcome.runs.items()
+        name: {drug: outcome.runs[name][0].examined[f"dose {drug}"] for drug in outcome.test.doses} for name in FOLLOWED
     }
     return truth, learned
 
@@ -302,8 +303,7 @@ def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], 
     )
     shapes = insight.decay_table(*_decay(results.simulated))
     matched = {
-        name: sum(row["shape"] == row["true shape"] for row in shapes if row["model"] == name)
-        for name in ("GLM lags", "RNN", "GRU", "LSTM")
+        name: sum(row["shape"] == row["true shape"] for row in shapes if row["model"] == name) for name in FOLLOWED
     }
     correlation = {
         name: float(np.mean([row["correlation"] for row in shapes if row["model"] == name])) for name in matched
@@ -380,7 +380,6 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
     if curves:
         _tell_memory(page, "memory", curves, "simulated patients")
     truth, learned = _decay(outcome)
-    shown = {name: learned[name] for name in (BASELINE, "GLM lags", "RNN", "GRU", "LSTM")}
     page.section(
         "How an effect comes and goes",
         (
@@ -390,12 +389,12 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         ),
     )
     page.figure(
-        "decay", partial(figures.decay, truth, shown),
+        "decay", partial(figures.decay, truth, learned),
         "Response to one dose of each drug: the truth, and what was learned.",
         "A panel a drug: the change of the log-odds over the hours after a dose, the truth and a line a model.",
     )  # fmt: skip
     page.table(
-        "decay", insight.decay_table(truth, shown), "How well the learned responses match.",
+        "decay", insight.decay_table(truth, learned), "How well the learned responses match.",
         "Correlation: of the two curves over 48 hours. Size: of the learned along the true one, 1 where they agree. "
         "Error: root mean square of the difference, as a share of the truth's. Shape: the family nearest to the curve "
         "with its half-life, peak or width in hours; misfit: what that family leaves, as a share of the curve.",
