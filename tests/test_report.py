@@ -249,6 +249,7 @@ def test_learning_curves_show_both_losses() -> None:
     train, validation = figures.learning_curves({"GRU": history}).axes
     np.testing.assert_array_equal(lines(train)["GRU"], [[1, 2, 3, 4], [one["train_loss"] for one in history]])
     np.testing.assert_array_equal(lines(validation)["GRU"][1], [one["val_loss"] for one in history])
+    assert [line.get_markevery() for line in train.lines] == [1]  # even a single epoch is seen
 
 
 def test_intervals_show_values_ends_and_what_was_published() -> None:

@@ -61,6 +61,7 @@ UNITS = {
     "HR": "/min", "MAP": "mmHg", "Resp": "/min", "Temp": "°C", "Lactate": "mmol/L", "WBC": "10³/µL",
     "Creatinine": "mg/dL", "Glucose": "mg/dL", "O2Sat": "%", "Platelets": "10³/µL",
 }  # fmt: skip
+DOTTED = {"markevery": 1, "markersize": 4}  # for lines of a few points, which may be one
 READINGS, DRUGS = 6, 12  # of them at most
 LOSSES = {"Training patients": "train_loss", "Validation patients": "val_loss"}
 
@@ -322,7 +323,7 @@ def calibration(label: Array, scores: Mapping[str, Array], *, width: float = WID
         predicted = np.array([score[rows].mean() for rows in groups])
         observed = np.array([label[rows].mean() for rows in groups])
         some = (observed > 0) & (predicted > 0)  # a group without sepsis has no place on a logarithmic axis
-        axes.plot(predicted[some], observed[some], **look | {"markevery": 1, "markersize": 4}, label=name)
+        axes.plot(predicted[some], observed[some], **look | DOTTED, label=name)
         low = min(low, *predicted[some], *observed[some])
         high = max(high, *predicted[some], *observed[some])
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.7)
@@ -407,7 +408,8 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, wid
     figure, panels, below = _panels(width, len(LOSSES), 3.4, sharey=True)
     for axes, (title, key) in zip(panels, LOSSES.items()):
         for look, (name, history) in zip(_looks(histories), histories.items()):
-            axes.plot(range(1, len(history) + 1), [epoch[key] for epoch in history], **look, label=name)
+            losses = [epoch[key] for epoch in history]
+            axes.plot(range(1, len(history) + 1), losses, **look | DOTTED, label=name)
         _style(axes, "epoch", "cross-entropy an hour" if axes in below else "", title)
         axes.locator_params(axis="x", integer=True)
     # The first epoch starts at the constant prediction and would flatten all that follows.
