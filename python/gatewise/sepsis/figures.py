@@ -56,12 +56,13 @@ OTHERS = (
     _look(BLACK, (0, (1, 1)), "D"), _look(PURPLE, (0, (8, 2)), "v"),
 )  # fmt: skip
 
+EVERY_POINT = {"markevery": 1, "markersize": 4}  # for lines of a few points, or of one
+
 # What is shown of a patient's record, in this order, and its unit.
 UNITS = {
     "HR": "/min", "MAP": "mmHg", "Resp": "/min", "Temp": "°C", "Lactate": "mmol/L", "WBC": "10³/µL",
     "Creatinine": "mg/dL", "Glucose": "mg/dL", "O2Sat": "%", "Platelets": "10³/µL",
 }  # fmt: skip
-DOTTED = {"markevery": 1, "markersize": 4}  # for lines of a few points, which may be one
 READINGS, DRUGS = 6, 12  # of them at most
 LOSSES = {"Training patients": "train_loss", "Validation patients": "val_loss"}
 
@@ -323,7 +324,7 @@ def calibration(label: Array, scores: Mapping[str, Array], *, width: float = WID
         predicted = np.array([score[rows].mean() for rows in groups])
         observed = np.array([label[rows].mean() for rows in groups])
         some = (observed > 0) & (predicted > 0)  # a group without sepsis has no place on a logarithmic axis
-        axes.plot(predicted[some], observed[some], **look | DOTTED, label=name)
+        axes.plot(predicted[some], observed[some], **look | EVERY_POINT, label=name)
         low = min(low, *predicted[some], *observed[some])
         high = max(high, *predicted[some], *observed[some])
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.7)
@@ -409,7 +410,7 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, wid
     for axes, (title, key) in zip(panels, LOSSES.items()):
         for look, (name, history) in zip(_looks(histories), histories.items()):
             losses = [epoch[key] for epoch in history]
-            axes.plot(range(1, len(history) + 1), losses, **look | DOTTED, label=name)
+            axes.plot(range(1, len(history) + 1), losses, **look | EVERY_POINT, label=name)
         _style(axes, "epoch", "cross-entropy an hour" if axes in below else "", title)
         axes.locator_params(axis="x", integer=True)
     # The first epoch starts at the constant prediction and would flatten all that follows.
