@@ -54,7 +54,7 @@ def test_the_demo_writes_a_page_tables_figures_and_what_it_trained(
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(
         f"{name}.{form}" for name in ("memory", "decay", "gates_simulated") for form in ("png", "svg")
     )
-    assert len(list((folder / "models").iterdir())) == len(chapters.SIMULATED_MODELS)
+    assert len(list((folder / "models" / "simulated").iterdir())) == len(chapters.SIMULATED_MODELS)
     assert list(folder.parent.iterdir()) == [folder]
     for name, score in results.simulated.scores().items():
         assert score.shape == results.simulated.test.label.shape and np.isfinite(score).all(), name
@@ -178,5 +178,10 @@ def test_the_study_of_two_hospitals_tells_every_task_and_both_ways_across(
         assert {"AUROC A", "AUROC B"} <= set(found[f"models_{task}"][0])
     assert list(found["across"][0]) == ["model", "all → A", "A → A", "B → A", "all → B", "A → B", "B → B"]
     assert "subgroups" in found and "training_time" in found and len(found["claims"]) == 7
+    trained = []
+    train = models.train
+    monkeypatch.setattr(models, "train", lambda *rest, **options: trained.append(rest) or train(*rest, **options))
+    sepsis.demo(tmp_path / "data", folder, seeds=2, epochs=1, hidden_size=4, patients=450)
+    assert not trained
     printed = capsys.readouterr().out
     assert "data: 450 patients" in printed and f"report: {folder}" in printed

@@ -88,8 +88,8 @@ def demo(
     def say(line: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
 
-    def store(*settings: Any) -> study.Store:
-        return study.Store(None if report is None else Path(report) / reports.KEPT, study.digest(*settings))
+    def store(name: str, *settings: Any) -> study.Store:
+        return study.Store(None if report is None else Path(report) / reports.KEPT / name, study.digest(*settings))
 
     def options(usual: dict[str, Any]) -> dict[str, Any]:
         said = {"max_epochs": epochs, "hidden_size": hidden_size}
@@ -98,7 +98,9 @@ def demo(
     cohort = simulate(PATIENTS if patients is None else patients, seed)
     say(_size("simulated cohort", cohort))
     settings = options(SIMULATED)
-    results = chapters.Results(chapters.simulated(cohort, store(cohort, settings, seed), say, seed=seed, **settings))
+    results = chapters.Results(
+        chapters.simulated(cohort, store("simulated", cohort, settings, seed), say, seed=seed, **settings)
+    )
     _show(study.table(results.simulated))
     if challenge is not None:
         records = read(challenge, progress=True)
@@ -107,14 +109,14 @@ def demo(
             records = records.select(order < patients)
         say(_size(str(challenge), records))
         settings = options(REAL) | {"stages": True}
-        kept = store(records, settings, seed)
+        kept = store("challenge", records, settings, seed)
         results.challenge = chapters.challenge(records, kept, say, seeds, seed=seed, **settings)
         for outcome in results.challenge.tasks.values():
             _show(study.table(outcome))
         results.seconds_an_epoch, results.not_timed = chapters.speed(records, kept, say, settings)
         results.published = chapters.published(Path(report) if report is not None else None)
     if mimic is not None:
-        results.medication = chapters.medication(mimic, store(), say, seed)
+        results.medication = chapters.medication(mimic, store("mimic"), say, seed)
     if report is not None:
         print(f"\nreport: {chapters.tell(results).write(report)}")
     say("done")

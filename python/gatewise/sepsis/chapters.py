@@ -55,7 +55,9 @@ def _gates(model: models.Model, rows: models.Rows, records: Records, one: int) -
     """The gates of an LSTM in one patient of the records, whose rows these are, and what they do in words."""
     assert model.network is not None
     part = slice(records.offset[one], records.offset[one + 1])
-    gates = insight.gates(model.network.network_, rows.x[part], rows.names, records.clock[part])
+    network, classes = model.network.network_, model.network.classes_
+    positive = None if len(classes) == 2 else classes % 2 == 1  # see `models`: odd classes are those of label 1
+    gates = insight.gates(network, rows.x[part], rows.names, records.clock[part], positive=positive)
     words = insight.describe(gates, records.select(np.arange(records.length.size) == one))
     arrays = {f"gates {field.name}": getattr(gates, field.name) for field in fields(gates)}
     return {**arrays, "gates patient": one, "gates words": words}
