@@ -158,7 +158,8 @@ def test_scores_that_are_no_probabilities_are_calibrated_on_the_validation_patie
     kernel = SVC(gamma=1 / (x.shape[1] * train.x[index].var())).fit(train.x[index], train.label[index])
 
     def log_odds(x: np.ndarray) -> np.ndarray:
-        return np.diff(bayes.predict_joint_log_proba(x.astype(np.float64)), axis=1)[:, 0]
+        odds = np.diff(bayes.predict_joint_log_proba(x.astype(np.float64)), axis=1)[:, 0]
+        return np.sign(odds) * np.log1p(np.abs(odds))
 
     for name, score in (
         ("naive Bayes", log_odds),
