@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,13 @@ def challenge(records: Records, store: Store, say: Say, seeds: int, **options: A
         return _look_into(model, preparation, rows, test)
 
     found = {}
-    for task in tasks.TASKS:
+    for task in ("official", "same_day", "next_day"):
         found[task] = study.run_task(
             store, records, task, models.MODELS, seeds=seeds if task == "official" else 1,
             examine=examine if task == "official" else None, say=say, **options,
         )  # fmt: skip
+    # The same question once a day: the same models are asked, for they learned it from every hour.
+    found["daily"] = replace(found["next_day"], task="daily")
     hospitals = np.unique(records.group)
     across = {
         str(one): study.run_task(store, records, "official", ACROSS_MODELS, trained_on=str(one), say=say, **options)
@@ -553,19 +555,23 @@ def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[st
 def _tell_task(page: Page, task: str, outcome: Outcome, table: list[dict[str, Any]]) -> None:
     target = tasks.target(outcome.test, task)
     label = target.label[target.counts]
-    notes = {runs[0].note for runs in outcome.runs.values()} - {""}
+    noted: dict[str, list[str]] = {}
+    for name, runs in outcome.runs.items():
+        if runs[0].note:
+            noted.setdefault(runs[0].note, []).append(name)
     page.section(
         TASK_TITLES[task],
         (f"{tasks.TASKS[task].asks.capitalize()} {label.size:,} rows, {int(label.sum()):,} of label 1.",),
     )
     page.table(
         f"models_{task}", table, "Areas with 95 % intervals over patients, pooled and in each hospital.",
-        " ".join([
-            "AUROC gained: over logistic regression, the same patients drawn. Where a recurrent model was trained with "
-            "several seeds, its scores are the mean of their probabilities.", *sorted(notes),
-        ]),
+        "AUROC gained: over logistic regression, the same patients drawn. Where a recurrent model was trained with "
+        "several seeds, its scores are the mean of their probabilities."
+        + (" The models are those of the next 24 hours." if task == "daily" else ""),
         formats={"seconds": ".0f"},
     )  # fmt: skip
+    if noted:
+        page.items(f"{', '.join(names)}: {note.rstrip('.')}." for note, names in noted.items())
 
 
 def _utility_curves(outcome: Outcome, shown: Sequence[str]) -> tuple[Any, dict[str, Any], dict[str, float]]:
