@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("statsmodels", reason='the study needs more: pip install "gatewise[demo]"')
 
 from gatewise import sepsis
-from gatewise.sepsis import chapters, cohort, figures, models, records, study
+from gatewise.sepsis import chapters, cohort, figures, models, records
 
 SMALL: dict[str, Any] = {"epochs": 2, "hidden_size": 8, "patients": 400, "seed": 1}
 
@@ -60,7 +60,7 @@ def test_the_demo_writes_a_page_tables_figures_and_what_it_trained(
         assert score.shape == results.simulated.test.label.shape and np.isfinite(score).all(), name
         assert ((score >= 0) & (score <= 1)).all(), name
     page = (folder / "index.html").read_text()
-    best = study.table(results.simulated)[0]["AUROC"]
+    best = results.simulated.table[0]["AUROC"]
     assert f"best possible AUROC of {best:.3f}" in page
     assert "Patient" not in [row["claim"] for row in found["claims"]] and len(found["claims"]) == 6
 

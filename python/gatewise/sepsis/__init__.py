@@ -67,7 +67,7 @@ def demo(
         report: folder of the page, tables and figures, replaced if it holds an earlier report; None: no report, and
             nothing is kept.
         seed: of the cohort and of every model.
-        seeds: trainings of each recurrent network on the official task of the 2019 records.
+        seeds: trainings of RNN, GRU and LSTM on the official task of the 2019 records.
         epochs, hidden_size: of the recurrent networks; None: what suits the data.
         patients: how many, simulated and of the 2019 records each; None: `PATIENTS` simulated ones, all real ones.
 
@@ -101,7 +101,7 @@ def demo(
     results = chapters.Results(
         chapters.simulated(cohort, store("simulated", cohort, settings, seed), say, seed=seed, **settings)
     )
-    _show(study.table(results.simulated))
+    _show(results.simulated.table)
     if challenge is not None:
         records = read(challenge, progress=True)
         if patients is not None:
@@ -112,7 +112,7 @@ def demo(
         kept = store("challenge", records, settings, seed)
         results.challenge = chapters.challenge(records, kept, say, seeds, seed=seed, **settings)
         for outcome in results.challenge.tasks.values():
-            _show(study.table(outcome))
+            _show(outcome.table)
         results.seconds_an_epoch, results.not_timed = chapters.speed(records, kept, say, settings)
         results.published = chapters.published(Path(report) if report is not None else None)
     if mimic is not None:

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,11 @@ class Outcome:
     validation: Records
     runs: dict[str, list[Run]]
 
+    @cached_property
+    def table(self) -> list[dict[str, Any]]:
+        """`table` of this outcome, computed once: its intervals take a second a model."""
+        return table(self)
+
     def scores(self) -> dict[str, Scores]:
         """A model's probabilities on the test hours: the mean over its seeds; the best possible ones, where known."""
         mean = {name: np.mean([run.test for run in runs], axis=0) for name, runs in self.runs.items()}
@@ -158,7 +163,7 @@ def run_task(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Outcome:
-    """Trains the models on a task, recurrent ones with `seeds` seeds from `seed` on, and scores them on test patients.
+    """Trains models on a task, RNN, GRU and LSTM with `seeds` seeds from `seed` on, and scores them on test patients.
 
     `options` are those of `gatewise.SequenceClassifier`, the same for all cells. `examine` looks into each model while
     it is there; what it returns, arrays and plain values by name, is kept with the scores.
@@ -191,7 +196,7 @@ def run_task(
     outcome = Outcome(task, trained_on, records.select(split[2]), records.select(split[1]), {})
     counted = tasks.target(outcome.test, task)
     for name in names:
-        repeats = seeds if models.MODELS[name].kind == "recurrent" else 1
+        repeats = seeds if name in models.CELLS else 1
         for one in range(seed, seed + repeats):
             key = f"{task} {trained_on or 'all'} {name} {one}"
             found = store.get(key, partial(trained, name, one))
