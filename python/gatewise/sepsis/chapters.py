@@ -539,15 +539,29 @@ def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[st
     curves = _memory(official)
     if curves:
         _tell_memory(page, "memory_real", curves, "real patients")
-    examined = official.runs[GATED][0].examined
-    if "gates patient" in examined:
-        one = int(examined["gates patient"])
-        rows = slice(test.offset[one], test.offset[one + 1])
-        _tell_gates(
-            page, "gates_real", "The gates in one real patient", examined, f"{test.patient[one]} ({test.group[one]})",
-            test.clock[rows], test.measured[rows], test.variables, test.doses, test.label[rows],
-            {GATED: scores[GATED][rows], BASELINE: scores[BASELINE][rows]},
-        )  # fmt: skip
+    one = int(official.runs[GATED][0].examined["gates patient"])
+    rows = slice(test.offset[one], test.offset[one + 1])
+    who = f"{test.patient[one]} ({test.group[one]})"
+    page.section(
+        "One real patient",
+        (
+            "Of the septic test patients with a stay of one to three days the median one, by how high the LSTM's score rose.",
+        ),
+    )
+    page.figure(
+        "patient",
+        partial(
+            figures.patient, {name: scores[name][rows] for name in shown}, test.clock[rows], test.measured[rows],
+            test.variables, test.doses, label=test.label[rows], title=f"Patient {who}",
+        ),
+        "Risk under the models, hour by hour, and what was measured. Shaded: label 1.",
+        "Panels over the hours in intensive care: the risk, a line a model, then the readings.",
+    )  # fmt: skip
+    _tell_gates(
+        page, "gates_real", "The gates in that patient", official.runs[GATED][0].examined, who, test.clock[rows],
+        test.measured[rows], test.variables, test.doses, test.label[rows],
+        {GATED: scores[GATED][rows], BASELINE: scores[BASELINE][rows]},
+    )  # fmt: skip
 
 
 def _tell_task(page: Page, task: str, outcome: Outcome, table: list[dict[str, Any]]) -> None:
