@@ -546,7 +546,8 @@ def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[st
     page.section(
         "One real patient",
         (
-            "Of the septic test patients with a stay of one to three days the median one, by how high the LSTM's score rose.",
+            "Of the septic test patients who stayed one to three days, the median one by how high the LSTM's score "
+            "rose.",
         ),
     )
     page.figure(
