@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +177,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def _require_extras() -> None:
     """Says before any work, not after it, that something is not installed."""
     try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-        import tqdm  # noqa: F401
+        for package in ("matplotlib", "polars", "sklearn", "statsmodels", "tqdm"):
+            import_module(package)
     except ImportError as error:
         raise ImportError(f'the demo needs {error.name}: pip install "gatewise[demo]"') from error
