@@ -25,6 +25,8 @@ EXTRAS = {  # package: the extra that installs it
     "scikit-learn": "train",
     "tqdm": "train",
     "matplotlib": "demo",
+    "statsmodels": "demo",
+    "polars": "demo",
     "safetensors": "io",
     "torch": "test",
 }
