@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .records import Records
+from .records import Records, last_seen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,8 +100,7 @@ def _prepared(name: str, value: NDArray[np.float32]) -> NDArray[np.float32]:
 def _carry_forward(value: NDArray[np.float32], first_row: NDArray[np.int64]) -> Carried:
     row = np.arange(value.size)
     seen = ~np.isnan(value)
-    # Rows rise, so the running maximum is the last measured row; one before first_row is another patient's.
-    last = np.maximum.accumulate(np.where(seen, row, -1))
+    last = last_seen(value)
     known = last >= first_row
     carried = np.where(known, value[last], np.float32(np.nan))
     hours = np.where(known, np.minimum(row - last, CAP), CAP).astype(np.float32)

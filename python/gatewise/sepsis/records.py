@@ -99,6 +99,12 @@ class Records:
         return ~(test | validation), validation, test
 
 
+def last_seen(value: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The row, [R], in which a column was last measured so far, -1 before the first; one before the first row of a
+    patient is another patient's."""
+    return np.maximum.accumulate(np.where(np.isnan(value), -1, np.arange(value.size)))
+
+
 def read(directory: str | Path, progress: bool = False) -> Records:
     """Reads the PhysioNet/CinC 2019 records under a directory.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .records import last_seen
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -27,8 +29,7 @@ RISE = 2
 
 def held(value: NDArray[np.float32], first_row: NDArray[np.int64], hours: int | None = None) -> NDArray[np.float32]:
     """The last value so far, [R]; NaN before a patient's first one, and where it is more than `hours` old."""
-    row = np.arange(value.size)
-    last = np.maximum.accumulate(np.where(np.isnan(value), -1, row))
+    row, last = np.arange(value.size), last_seen(value)
     oldest = first_row if hours is None else np.maximum(first_row, row - hours)
     return np.where(last >= oldest, value[last], np.float32(np.nan)) if value.size else value
 
