@@ -34,7 +34,7 @@ MEMORY_PATIENTS = 64  # of the longest test stays, for the curves of influence
 # ---- what is looked for in a model while it is there -------------------------------------------------------
 
 
-def _look_into(model: models.Model, preparation: Preparation, rows: models.Rows, test: Records) -> dict[str, Any]:
+def _look_into(model: models.Model, rows: models.Rows, test: Records) -> dict[str, Any]:
     """The curves of memory of a recurrent model, and of the LSTM the gates of one patient."""
     if model.network is None:
         return {}
@@ -86,7 +86,7 @@ def simulated(records: Records, store: Store, say: Say, **options: Any) -> Outco
 
     def examine(model: models.Model, preparation: Preparation, rows: models.Rows) -> dict[str, Any]:
         responses = _responses(model, preparation, test) if model.name in FOLLOWED else {}
-        return _look_into(model, preparation, rows, test) | responses
+        return _look_into(model, rows, test) | responses
 
     return study.run_task(store, records, "official", SIMULATED_MODELS, examine=examine, say=say, **options)
 
@@ -110,7 +110,7 @@ def challenge(records: Records, store: Store, say: Say, seeds: int, **options: A
     test = records.select(records.split()[2])
 
     def examine(model: models.Model, preparation: Preparation, rows: models.Rows) -> dict[str, Any]:
-        return _look_into(model, preparation, rows, test)
+        return _look_into(model, rows, test)
 
     found = {}
     for task in ("official", "same_day", "next_day"):
@@ -239,19 +239,19 @@ LEAD = (
 def tell(results: Results) -> Page:
     """The report, every chapter that there are results for."""
     page = Page(TITLE, LEAD)
-    simulated_table = results.simulated.table
-    tables = {task: outcome.table for task, outcome in results.challenge.tasks.items()} if results.challenge else {}
-    _tell_claims(page, results, simulated_table, tables)
-    _tell_simulated(page, results.simulated, simulated_table)
+    memory, decay = _memory(results.simulated), _decay(results.simulated)
+    shapes = insight.decay_table(*decay)
+    _tell_claims(page, results, memory, shapes)
+    _tell_simulated(page, results.simulated, memory, decay, shapes)
     if results.challenge:
-        _tell_challenge(page, results.challenge, tables)
+        _tell_challenge(page, results.challenge)
     if results.medication:
         _tell_medication(page, results.medication)
     if results.seconds_an_epoch or results.not_timed:
         _tell_speed(page, results)
     if results.published:
         _tell_published(page, results.published)
-    _tell_method(page, results)
+    _tell_method(page)
     return page
 
 
@@ -264,7 +264,8 @@ def _best(table: Sequence[dict[str, Any]], kind: str) -> str:
     return str(max((row for row in table if row["kind"] == kind), key=lambda row: row["AUROC"])["model"])
 
 
-Groups = dict[str, dict[str, "NDArray[np.float64]"]]
+Groups = dict[str, dict[str, "NDArray[np.float64]"]]  # of curves: group -> name -> curve
+Decay = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # the truth by drug, and what was learned by model and drug
 
 
 def _memory(outcome: Outcome) -> Groups:
@@ -285,8 +286,8 @@ def _memory(outcome: Outcome) -> Groups:
     return groups
 
 
-def _decay(outcome: Outcome) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Responses to a dose: the truth by drug, and what was learned by model and drug."""
+def _decay(outcome: Outcome) -> Decay:
+    """Responses to a dose."""
     from .cohort import true_risk
 
     truth = {drug: insight.dose_response(true_risk, outcome.test, drug, LAGS) for drug in outcome.test.doses}
@@ -296,14 +297,13 @@ def _decay(outcome: Outcome) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     return truth, learned
 
 
-def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], real: dict[str, Any]) -> None:
-    memory = _memory(results.simulated)
+def _tell_claims(page: Page, results: Results, memory: Groups, shapes: Sequence[dict[str, Any]]) -> None:
+    simulated = results.simulated.table
     untrained = insight.fade(memory["before training"]["RNN"])
     trained, is_open, shut = (
         100 * insight.fade(memory[group][name]).left
         for group, name in (("after training", "LSTM"), (GATE, "open"), (GATE, "shut"))
     )
-    shapes = insight.decay_table(*_decay(results.simulated))
     matched = {
         name: sum(row["shape"] == row["true shape"] for row in shapes if row["model"] == name) for name in FOLLOWED
     }
@@ -348,13 +348,14 @@ def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], 
             + ".",
         },
     ]
-    if real:
-        official = real["official"]
+    if results.challenge:
+        outcome = results.challenge.tasks["official"]
+        official = outcome.table
         recurrent, other = _best(official, "recurrent"), _best(official, "non-temporal")
         ahead = recurrent if _of(official, recurrent) > _of(official, other) else other
         rows.append({
             "claim": "So a gated network predicts sepsis better.",
-            "measured": f"On {results.challenge.tasks['official'].test.length.size:,} real test patients: "  # type: ignore[union-attr]
+            "measured": f"On {outcome.test.length.size:,} real test patients: "
             f"{recurrent} {_of(official, recurrent):.3f} (AUPRC {_of(official, recurrent, 'AUPRC'):.3f}), {other} "
             f"{_of(official, other):.3f} ({_of(official, other, 'AUPRC'):.3f}), {BASELINE} "
             f"{_of(official, BASELINE):.3f} ({_of(official, BASELINE, 'AUPRC'):.3f}): {ahead} ranks best there.",
@@ -362,7 +363,9 @@ def _tell_claims(page: Page, results: Results, simulated: list[dict[str, Any]], 
     page.table("claims", rows, "Each claim and what was measured for it.")
 
 
-def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -> None:
+def _tell_simulated(
+    page: Page, outcome: Outcome, memory: Groups, decay: Decay, shapes: Sequence[dict[str, Any]]
+) -> None:
     test = outcome.test
     page.section(
         "A cohort whose truth is known",
@@ -375,14 +378,11 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         ),
     )
     page.table(
-        "simulated", table, "Models on the simulated cohort: areas with 95 % intervals over patients.",
+        "simulated", outcome.table, "Models on the simulated cohort: areas with 95 % intervals over patients.",
         "AUROC gained: over logistic regression, the same patients drawn. Seconds: of training.",
         formats={"seconds": ".1f"},
     )  # fmt: skip
-    curves = _memory(outcome)
-    if curves:
-        _tell_memory(page, "memory", curves, "simulated patients")
-    truth, learned = _decay(outcome)
+    _tell_memory(page, "memory", memory, "simulated patients")
     page.section(
         "How an effect comes and goes",
         (
@@ -392,12 +392,12 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         ),
     )
     page.figure(
-        "decay", partial(figures.decay, truth, learned),
+        "decay", partial(figures.decay, *decay),
         "Response to one dose of each drug: the truth, and what was learned.",
         "A panel a drug: the change of the log-odds over the hours after a dose, the truth and a line a model.",
     )  # fmt: skip
     page.table(
-        "decay", insight.decay_table(truth, learned), "How well the learned responses match.",
+        "decay", shapes, "How well the learned responses match.",
         "Correlation: of the two curves over 48 hours. Size: of the learned along the true one, 1 where they agree. "
         "Error: root mean square of the difference, as a share of the truth's. Shape: the family nearest to the curve "
         "with its half-life, peak or width in hours; misfit: what that family leaves, as a share of the curve.",
@@ -406,14 +406,13 @@ def _tell_simulated(page: Page, outcome: Outcome, table: list[dict[str, Any]]) -
         },
     )  # fmt: skip
     examined = outcome.runs[GATED][0].examined
-    if "gates patient" in examined:
-        one = int(examined["gates patient"])
-        rows = slice(test.offset[one], test.offset[one + 1])
-        _tell_gates(
-            page, "gates_simulated", "The gates in one simulated patient", examined, str(test.patient[one]),
-            test.clock[rows], test.measured[rows], test.variables, test.doses, test.label[rows],
-            {BEST: test.risk[rows]} if test.risk is not None else {},
-        )  # fmt: skip
+    one = int(examined["gates patient"])
+    rows = slice(test.offset[one], test.offset[one + 1])
+    _tell_gates(
+        page, "gates_simulated", "The gates in one simulated patient", examined, str(test.patient[one]),
+        test.clock[rows], test.measured[rows], test.variables, test.doses, test.label[rows],
+        {BEST: test.risk[rows]} if test.risk is not None else {},
+    )  # fmt: skip
 
 
 def _tell_memory(page: Page, name: str, groups: Groups, whose: str) -> None:
@@ -477,7 +476,8 @@ TASK_TITLES = {
 }
 
 
-def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[str, Any]]]) -> None:
+def _tell_challenge(page: Page, found: Challenge) -> None:
+    tables = {task: outcome.table for task, outcome in found.tasks.items()}
     official = found.tasks["official"]
     test = official.test
     page.section(
@@ -490,8 +490,8 @@ def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[st
             "earlier score moves by a bit.",
         ),
     )
-    for task, table in tables.items():
-        _tell_task(page, task, found.tasks[task], table)
+    for task, outcome in found.tasks.items():
+        _tell_task(page, task, outcome)
     target = tasks.target(test, "official")
     scores = official.scores()
     kinds = {name: models.MODELS[name].kind for name in scores}
@@ -566,7 +566,7 @@ def _tell_challenge(page: Page, found: Challenge, tables: dict[str, list[dict[st
     )  # fmt: skip
 
 
-def _tell_task(page: Page, task: str, outcome: Outcome, table: list[dict[str, Any]]) -> None:
+def _tell_task(page: Page, task: str, outcome: Outcome) -> None:
     target = tasks.target(outcome.test, task)
     label = target.label[target.counts]
     noted: dict[str, list[str]] = {}
@@ -578,7 +578,7 @@ def _tell_task(page: Page, task: str, outcome: Outcome, table: list[dict[str, An
         (f"{tasks.TASKS[task].asks.capitalize()} {label.size:,} rows, {int(label.sum()):,} of label 1.",),
     )
     page.table(
-        f"models_{task}", table, "Areas with 95 % intervals over patients, pooled and in each hospital.",
+        f"models_{task}", outcome.table, "Areas with 95 % intervals over patients, pooled and in each hospital.",
         "AUROC gained: over logistic regression, the same patients drawn. Where a recurrent model was trained with "
         "several seeds, its scores are the mean of their probabilities."
         + (" The models are those of the next 24 hours." if task == "daily" else ""),
@@ -593,10 +593,7 @@ def _utility_curves(outcome: Outcome, shown: Sequence[str]) -> tuple[Any, dict[s
     scores = outcome.scores()
     thresholds = np.geomspace(1e-3, 0.5, 120)
     curves = {name: tasks.utility_curve(outcome.test, scores[name], thresholds) for name in shown}
-    chosen = {
-        name: tasks.best_threshold(outcome.validation, np.mean([run.validation for run in outcome.runs[name]], axis=0))
-        for name in shown
-    }
+    chosen = {name: study.threshold(outcome, name) for name in shown}
     return thresholds, curves, {name: value for name, value in chosen.items() if value <= thresholds[-1]}
 
 
@@ -677,7 +674,7 @@ def _tell_published(page: Page, rows: Sequence[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _tell_method(page: Page, results: Results) -> None:
+def _tell_method(page: Page) -> None:
     page.section("Method and limits")
     page.items([
         "Patients, never hours, are divided: training patients teach, validation patients choose epoch and threshold, "

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float64]
 
-__all__ = ["BEST", "Outcome", "Run", "Store", "areas", "parts", "run_task", "subgroups", "table", "utility"]
+__all__ = [
+    "BEST", "Outcome", "Run", "Store", "areas", "parts", "run_task", "subgroups", "table", "threshold", "utility",
+]  # fmt: skip
 
 BEST = "best possible"
 EXAMINED = "examined "  # begins the names of what `examine` found, in the store
@@ -66,14 +68,8 @@ class Store:
                 if plain.pop("digest") != self.digest:
                     return None
                 return {**plain, **{name: archive[name] for name in archive.files if name != "plain"}}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-        ):  # not there, or not one of ours: it is computed again
-            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # not there, or not one of ours: it is computed again
 
 
 def _packed(values: dict[str, Any], digest: str) -> bytes:
@@ -85,7 +81,10 @@ def _packed(values: dict[str, Any], digest: str) -> bytes:
     return file.getvalue()
 
 
-SOURCES = ("features.py", "tasks.py", "models.py", "insight.py", "../training.py", "../estimators.py")
+SOURCES = (
+    "features.py", "tasks.py", "models.py", "insight.py", "mimic.py", "mimic_items.py", "sofa.py", "../training.py",
+    "../estimators.py",
+)  # fmt: skip
 
 
 def digest(*settings: Any) -> str:
@@ -280,11 +279,15 @@ def _columns(name: str, value: float, replicates: Scores) -> dict[str, float]:
     return dict(zip((name, f"{name} low", f"{name} high"), metrics.interval(value, replicates)))
 
 
+def threshold(outcome: Outcome, name: str) -> float:
+    """The threshold of the alarm: the one of the highest utility on the validation patients."""
+    return tasks.best_threshold(outcome.validation, np.mean([run.validation for run in outcome.runs[name]], axis=0))
+
+
 def utility(outcome: Outcome, name: str) -> float:
-    """The challenge's normalised utility on the test patients, by the threshold that is best on the validation ones."""
-    runs = outcome.runs[name]
-    threshold = tasks.best_threshold(outcome.validation, np.mean([run.validation for run in runs], axis=0))
-    return tasks.utility(outcome.test, np.mean([run.test for run in runs], axis=0) >= threshold)
+    """The challenge's normalised utility on the test patients, by `threshold`."""
+    score = np.mean([run.test for run in outcome.runs[name]], axis=0)
+    return tasks.utility(outcome.test, score >= threshold(outcome, name))
 
 
 AGES = {"under 50": (0, 50), "50 to 64": (50, 65), "65 to 79": (65, 80), "80 and over": (80, 200)}
