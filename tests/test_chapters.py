@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import html
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,16 @@ def test_the_study_of_two_hospitals_tells_every_task_and_both_ways_across(
     for task, outcome in results.challenge.tasks.items():
         assert {row["model"] for row in found[f"models_{task}"]} == set(models.MODELS)
         assert len(outcome.runs["GRU"]) == (2 if task == "official" else 1)
-        assert {"AUROC A", "AUROC B"} <= set(found[f"models_{task}"][0])
+        assert list(found[f"hospitals_{task}"][0]) == ["model", "AUROC A", "AUPRC A", "AUROC B", "AUPRC B"]
+        assert not any(column.endswith((" A", " B")) for column in found[f"models_{task}"][0])
+        for row, known in zip(found[f"hospitals_{task}"], outcome.table):
+            assert row == {column: str(known[column]) for column in row}, "not the model's own line"
+    page = (folder / "index.html").read_text()
+    runs = [(name, runs[0]) for outcome in results.challenge.tasks.values() for name, runs in outcome.runs.items()]
+    told = []
+    for names, note in re.findall(r"<li>([^:<]*): (.*)\.</li>", page):
+        told += [(name, html.unescape(note)) for name in names.split(", ") if name in models.MODELS]
+    assert sorted(told) == sorted({(name, run.note.rstrip(".")) for name, run in runs if run.note}), "once each"
     assert list(found["across"][0]) == ["model", "all → A", "A → A", "B → A", "all → B", "A → B", "B → B"]
     assert "subgroups" in found and "training_time" in found and len(found["claims"]) == 7
     trained = []

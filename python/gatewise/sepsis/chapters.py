@@ -490,8 +490,9 @@ def _tell_challenge(page: Page, found: Challenge) -> None:
             "earlier score moves by a bit.",
         ),
     )
+    told: set[tuple[str, str]] = set()  # (model, note)
     for task, outcome in found.tasks.items():
-        _tell_task(page, task, outcome)
+        _tell_task(page, task, outcome, told)
     target = tasks.target(test, "official")
     scores = official.scores()
     kinds = {name: models.MODELS[name].kind for name in scores}
@@ -566,19 +567,24 @@ def _tell_challenge(page: Page, found: Challenge) -> None:
     )  # fmt: skip
 
 
-def _tell_task(page: Page, task: str, outcome: Outcome) -> None:
+def _tell_task(page: Page, task: str, outcome: Outcome, told: set[tuple[str, str]]) -> None:
+    """The tables of a task, and the notes on its models that no task before it has told."""
     target = tasks.target(outcome.test, task)
     label = target.label[target.counts]
     noted: dict[str, list[str]] = {}
     for name, runs in outcome.runs.items():
-        if runs[0].note:
+        if runs[0].note and (name, runs[0].note) not in told:
             noted.setdefault(runs[0].note, []).append(name)
+    told.update((name, note) for note, names in noted.items() for name in names)
     page.section(
         TASK_TITLES[task],
         (f"{tasks.TASKS[task].asks.capitalize()} {label.size:,} rows, {int(label.sum()):,} of label 1.",),
     )
+    hospitals = {f"{area} {one}" for one in np.unique(outcome.test.group) for area in ("AUROC", "AUPRC")}
+    pooled = [{k: v for k, v in row.items() if k not in hospitals} for row in outcome.table]
+    apart = [{k: v for k, v in row.items() if k in {"model", *hospitals}} for row in outcome.table]
     page.table(
-        f"models_{task}", outcome.table, "Areas with 95 % intervals over patients, pooled and in each hospital.",
+        f"models_{task}", pooled, "Areas with 95 % intervals over patients.",
         "AUROC gained: over logistic regression, the same patients drawn. Where a recurrent model was trained with "
         "several seeds, its scores are the mean of their probabilities."
         + (" The models are those of the next 24 hours." if task == "daily" else ""),
@@ -586,6 +592,8 @@ def _tell_task(page: Page, task: str, outcome: Outcome) -> None:
     )  # fmt: skip
     if noted:
         page.items(f"{', '.join(names)}: {note.rstrip('.')}." for note, names in noted.items())
+    if len(apart[0]) > 1:
+        page.table(f"hospitals_{task}", apart, "The same scores on the patients of each hospital.")
 
 
 def _utility_curves(outcome: Outcome, shown: Sequence[str]) -> tuple[Any, dict[str, Any], dict[str, float]]:
