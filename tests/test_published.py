@@ -18,10 +18,10 @@ from gatewise.sepsis import published, records
 from gatewise.sepsis.published import ROWS, Iadi, V, Vuno
 
 
-def made_up(patients: int = 40, seed: int = 0) -> records.Records:
+def made_up(patients: int = 40, seed: int = 0, hours: tuple[int, int] = (8, 30)) -> records.Records:
     """Random records of the challenge's columns; the label depends on the heart rate of the hour."""
     random = np.random.default_rng(seed)
-    length = random.integers(8, 30, patients)
+    length = random.integers(*hours, patients)
     rows = int(length.sum())
     measured = random.normal(0, 1, (rows, V)).astype(np.float32)
     measured[random.random(measured.shape) < 0.5] = np.nan
@@ -135,6 +135,20 @@ def test_a_training_is_repeated_to_the_bit_and_learns() -> None:
     assert (one.auroc, one.auprc, one.utility) == (again.auroc, again.auprc, again.utility)
     assert one.auroc != other.auroc
     assert one.auroc > 0.7  # the label can be read off the heart rate; chance is .5, and 200 hours deviate by .05
+
+
+def test_a_loss_per_patient_is_the_sum_over_its_hours() -> None:
+    """Where all stay 16 hours it is 16 times the mean, which Adam can't tell but beside an L2."""
+    table = made_up(60, hours=(16, 17))
+
+    def losses(per_patient: bool, weight_decay: float) -> list[float]:
+        row = replace(ROWS[0], learning_rate=1e-2, max_epochs=3, batch_size=8)
+        said: list[str] = []
+        published.reproduce(replace(row, per_patient=per_patient, weight_decay=weight_decay), table, 0, 0, said.append)
+        return [float(line.split()[-1]) for line in said]
+
+    same = pytest.approx(losses(False, 0.01), rel=1e-3)  # float32 and Adam's epsilon: 4e-5 seen
+    assert losses(True, 0.16) == same and losses(True, 0.01) != same
 
 
 def test_the_command_adds_a_line_a_training_and_leaves_out_what_is_done(
