@@ -180,4 +180,5 @@ def test_the_command_adds_a_line_a_training_and_leaves_out_what_is_done(
     assert table[0]["trainings"] == 2 and table[3]["trainings"] == 8
     assert table[0]["auroc"] == pytest.approx(0.805) and table[0]["auroc published"] == 0.773
     assert table[0]["auroc deviation"] == pytest.approx(np.std([0.80, 0.81], ddof=1))
+    assert table[0]["auprc of the team in hidden A, B"] == "0.092, 0.083"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]

@@ -212,6 +212,12 @@ ROWS = (
 )  # fmt: skip
 
 
+# What the teams' final models had on hidden patients of the same two hospitals: AUROC and AUPRC in A and B, from
+# 2019/results/challenge.tsv of physionetchallenges.github.io. VUNO's was a transformer, of .819 and .144 by the protocol
+# above; IADI's had auxiliary tasks.
+HIDDEN = {"VUNO": ((0.793, 0.812), (0.092, 0.083)), "IADI": ((0.792, 0.817), (0.094, 0.104))}
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What one training gave: test areas and utility, the epoch that was kept, and seconds."""
@@ -316,7 +322,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def side_by_side(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A dict a published row: ours, mean and deviation over the trainings, beside the printed numbers."""
+    """A dict a published row: ours, mean and deviation over the trainings, beside the printed numbers and HIDDEN."""
     table = []
     for row in ROWS:
         ours = [result for result in results if (result["paper"], result["row"]) == (row.paper, row.name)]
@@ -328,6 +334,8 @@ def side_by_side(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line[f"{measure} published"] = getattr(row, measure)
             line[measure] = float(values.mean())
             line[f"{measure} deviation"] = float(values.std(ddof=1)) if len(values) > 1 else None
+        for measure, (a, b) in zip(("auroc", "auprc"), HIDDEN[row.paper]):
+            line[f"{measure} of the team in hidden A, B"] = f"{a:.3f}, {b:.3f}"
         table.append(line)
     return table
 
