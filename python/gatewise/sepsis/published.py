@@ -213,8 +213,8 @@ ROWS = (
 
 
 # What the teams' final models had on hidden patients of the same two hospitals: AUROC and AUPRC in A and B, from
-# 2019/results/challenge.tsv of physionetchallenges.github.io. VUNO's was a transformer, of .819 and .144 by the protocol
-# above; IADI's had auxiliary tasks.
+# 2019/results/challenge.tsv of physionetchallenges.github.io. VUNO's was a transformer, of .819 and .144 by its own
+# protocol; IADI's had auxiliary tasks.
 HIDDEN = {"VUNO": ((0.793, 0.812), (0.092, 0.083)), "IADI": ((0.792, 0.817), (0.094, 0.104))}
 
 
