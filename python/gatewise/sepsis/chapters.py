@@ -677,8 +677,8 @@ def _tell_published(page: Page, rows: Sequence[dict[str, Any]]) -> None:
         "What differs: the patients of each part are drawn anew, for neither paper lists them; neither says how many "
         "epochs it trained, so the epoch of least validation loss is kept; nor does VUNO's say whether its L2 is "
         "beside a mean over hours or a sum over a patient's: here the sum, which validation patients are better "
-        "predicted with; IADI's limits of normalisation are quantiles here; dropout stands where the papers put it, and the "
-        "threshold of the utility is the validation patients' best. Hidden: the two teams' final models on the "
+        "predicted with; IADI's limits of normalisation are quantiles here; dropout stands where the papers put it, "
+        "and the threshold of the utility is the validation patients' best. Hidden: the two teams' final models on the "
         "challenge's own test patients of the same two hospitals; by its own protocol VUNO's had an AUPRC of 0.144.",
         formats={"trainings": ",.0f"},
     )  # fmt: skip
