@@ -62,6 +62,7 @@ def test_the_demo_writes_a_page_tables_figures_and_what_it_trained(
         assert score.shape == results.simulated.test.label.shape and np.isfinite(score).all(), name
         assert ((score >= 0) & (score <= 1)).all(), name
     page = (folder / "index.html").read_text()
+    assert "gatewise.sepsis.published --data" in page and "published" not in found
     best = results.simulated.table[0]["AUROC"]
     assert f"best possible AUROC of {best:.3f}" in page
     assert "Patient" not in [row["claim"] for row in found["claims"]] and len(found["claims"]) == 6
@@ -192,7 +193,13 @@ def test_the_study_of_two_hospitals_tells_every_task_and_both_ways_across(
     trained = []
     train = models.train
     monkeypatch.setattr(models, "train", lambda *rest, **options: trained.append(rest) or train(*rest, **options))
+    header = "paper,row,split,seed,auroc,auprc,utility,epoch,seconds"
+    line = "IADI,three LSTM layers with skip connections,0,0,0.8,0.1,0.37,9,100"
+    (folder / "models" / "published.csv").write_text(f"{header}\n{line}\n")
     sepsis.demo(tmp_path / "data", folder, seeds=2, epochs=1, hidden_size=4, patients=450)
     assert not trained
+    page = (folder / "index.html").read_text()
+    assert "gatewise.sepsis.published --data" not in page and "three LSTM layers with skip connections" in page
+    assert [row["paper"] for row in tables(folder)["published"]] == ["IADI"]
     printed = capsys.readouterr().out
     assert "data: 450 patients" in printed and f"report: {folder}" in printed
