@@ -200,6 +200,6 @@ def test_the_study_of_two_hospitals_tells_every_task_and_both_ways_across(
     assert not trained
     page = (folder / "index.html").read_text()
     assert "gatewise.sepsis.published --data" not in page and "three LSTM layers with skip connections" in page
-    assert [row["paper"] for row in tables(folder)["published"]] == ["IADI"]
+    assert [row["AUROC printed"] for row in tables(folder)["published"]] == ["0.798"]
     printed = capsys.readouterr().out
     assert "data: 450 patients" in printed and f"report: {folder}" in printed

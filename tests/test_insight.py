@@ -411,10 +411,10 @@ def test_units_that_behave_alike_are_one_group() -> None:
     np.testing.assert_allclose(found.kept(), 1 / (1 + np.exp([-4.0, 2.0])), rtol=0.02)
     first = [line for line in insight.describe(found, table) if line.startswith("Group 1")]
     kept = found.kept()[0]
-    assert first == [
+    assert len(first) == 1 and first[0].startswith(
         f"Group 1 (4 cells of 12) keeps {100 * kept:.1f} % of its memory from an hour to the next: half of it is gone "
-        f"in {np.log(0.5) / np.log(kept):.0f} hours."
-    ]
+        f"in {np.log(0.5) / np.log(kept):.0f} hours. Its forget gate"
+    )
 
 
 def test_the_words_say_what_the_numbers_are() -> None:
@@ -443,12 +443,12 @@ def test_the_words_say_what_the_numbers_are() -> None:
     assert words == [
         "The network has 1 cell in 1 group, told apart by what they do in the 24 hours of this stay.",
         f"Group 1 (1 cell of 1) keeps {100 * kept:.1f} % of its memory from an hour to the next: half of it is gone in "
-        f"{np.log(0.5) / np.log(kept):.1f} hours.",
-        "Its forget gate, 0.95 in most hours, falls to 0.27 in hour 10, most of all by Lactate, measured that hour.",
+        f"{np.log(0.5) / np.log(kept):.1f} hours. "
+        "Its forget gate, 0.95 in most hours, falls to 0.27 in hour 10, most of all by Lactate, measured that hour. "
         f"Its input gate is {opened:.2f} open in the mean, and widest (0.73) in hour 10, most of all by Lactate, "
-        "measured that hour; it moves with Lactate (100 %).",
+        "measured that hour; it moves with Lactate (100 %). "
         "What its cell gate writes pushes the score up in 2 of the 24 hours, and most strongly up in hour 10, most of "
-        "all by Lactate, measured that hour.",
+        "all by Lactate, measured that hour. "
         "Its output gate lets 50 % through in the mean (50 to 50 %), moved by no source in particular; so the group "
         f"adds between −{abs(min(h)):.1f} (hour {np.argmin(h) + 1}) and +{max(h):.1f} (hour {np.argmax(h) + 1}) to the "
         "log-odds.",

@@ -176,9 +176,9 @@ def test_the_command_adds_a_line_a_training_and_leaves_out_what_is_done(
     wanted = [(row.name, split, seed) for seed in (0, 1) for row in ROWS for split in range(len(row.splits))]
     assert trained == [*wanted[:4], *wanted[3:]]
     table = published.side_by_side(published.read_results(tmp_path / "out.csv"))
-    assert [line["row"] for line in table] == [row.name for row in ROWS]
+    assert [line["row"] for line in table] == [f"{row.paper}: {row.name}" for row in ROWS]
     assert table[0]["trainings"] == 2 and table[3]["trainings"] == 8
-    assert table[0]["auroc"] == pytest.approx(0.805) and table[0]["auroc published"] == 0.773
-    assert table[0]["auroc deviation"] == pytest.approx(np.std([0.80, 0.81], ddof=1))
-    assert table[0]["auprc of the team in hidden A, B"] == "0.092, 0.083"
+    assert table[0]["AUROC"] == pytest.approx(0.805) and table[0]["AUROC printed"] == 0.773
+    assert (table[0]["AUROC low"], table[0]["AUROC high"]) == (0.80, 0.81)
+    assert published.side_by_side(published.read_results(tmp_path / "out.csv")[:1])[0]["AUROC low"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]

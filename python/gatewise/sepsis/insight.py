@@ -421,7 +421,7 @@ def _variable(name: str, names: Sequence[str]) -> str:
 
 
 def describe(gates: Gates, patient: Records) -> list[str]:
-    """What each gate does in this patient, group by group, in sentences made of the numbers in `gates`.
+    """What each gate does in this patient, a paragraph a group, in sentences made of the numbers in `gates`.
 
     Args:
         patient: the records of the patient alone, whose T hours they are.
@@ -431,17 +431,17 @@ def describe(gates: Gates, patient: Records) -> list[str]:
         raise ValueError(f"patient: expected the {hours} hours of the gates; got {patient.label.size}")
     sizes = np.bincount(gates.group)
     groups = f"{_count(units, 'cell')} in {_count(sizes.size, 'group')}"
-    said = [f"The network has {groups}, told apart by what they do in the {hours} hours of this stay."]
+    paragraphs = [f"The network has {groups}, told apart by what they do in the {hours} hours of this stay."]
     for k, (size, kept) in enumerate(zip(sizes, gates.kept())):
         of_group = gates.group == k
         i, f, o = (gate[:, of_group].mean(axis=1) for gate in (gates.i, gates.f, gates.o))
         written = (gates.i * gates.g)[:, of_group].mean(axis=1)
         half = np.log(0.5) / np.log(kept)
-        said.append(
+        said = [
             f"Group {k + 1} ({_count(size, 'cell')} of {units}) keeps {100 * kept:.1f} % of its memory from an hour to "
-            f"the next: half of it is gone in {_duration(half)}."
-        )
-        said.append(_forget(gates, patient, k, f))
+            f"the next: half of it is gone in {_duration(half)}.",
+            _forget(gates, patient, k, f),
+        ]
         peak = int(i.argmax())
         said.append(
             f"Its input gate is {i.mean():.2f} open in the mean, and widest ({i[peak]:.2f}) in hour "
@@ -460,7 +460,8 @@ def describe(gates: Gates, patient: Records) -> list[str]:
             f"{_signed(gates.adds[low, k])} (hour {gates.hour[low]:.0f}) and {_signed(gates.adds[high, k])} (hour "
             f"{gates.hour[high]:.0f}) to the log-odds."
         )
-    return said
+        paragraphs.append(" ".join(said))
+    return paragraphs
 
 
 def _forget(gates: Gates, patient: Records, k: int, f: Array) -> str:

@@ -33,7 +33,7 @@ MLP_HIDDEN, MLP_EPOCHS, MLP_PATIENCE = (64, 32), 12, 3
 TREES = 150
 # Hours of label 0 for each of label 1 that are trained on, where taking all costs minutes.
 MLP_PER_POSITIVE, TREES_PER_POSITIVE, GLM_PER_POSITIVE = 10, 3, 5
-TOLD = "is told when sepsis has begun, as no other model is"  # in the official task all hours after that are of label 1
+TOLD = "told when sepsis has begun, as no other model is"  # in the official task all hours after that are of label 1
 CALIBRATED = "made a probability by logistic regression on the validation patients (Platt)"
 
 
@@ -180,7 +180,7 @@ def _naive_bayes(training: Rows, validation: Rows, seed: int) -> Model:
         return np.asarray(np.sign(odds) * np.log1p(np.abs(odds)))
 
     parameters = model.theta_.size + model.var_.size + 1
-    note = f"it takes features for independent, which they are not: the logarithm of its log-odds was {CALIBRATED}"
+    note = f"takes features for independent, which they are not: the logarithm of its log-odds was {CALIBRATED}"
     return _calibrated(log_odds, validation, parameters, note)
 
 

@@ -322,20 +322,19 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def side_by_side(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A dict a published row: ours, mean and deviation over the trainings, beside the printed numbers and HIDDEN."""
+    """A dict a published row: the printed numbers beside ours, the mean, the least and the most of the trainings."""
     table = []
     for row in ROWS:
         ours = [result for result in results if (result["paper"], result["row"]) == (row.paper, row.name)]
         if not ours:
             continue
-        line: dict[str, Any] = {"paper": row.paper, "row": row.name, "trainings": len(ours)}
-        for measure in ("auroc", "auprc", "utility"):
+        line: dict[str, Any] = {"row": f"{row.paper}: {row.name}", "trainings": len(ours)}
+        for title, measure in (("AUROC", "auroc"), ("AUPRC", "auprc"), ("utility", "utility")):
             values = np.array([result[measure] for result in ours])
-            line[f"{measure} published"] = getattr(row, measure)
-            line[measure] = float(values.mean())
-            line[f"{measure} deviation"] = float(values.std(ddof=1)) if len(values) > 1 else None
-        for measure, (a, b) in zip(("auroc", "auprc"), HIDDEN[row.paper]):
-            line[f"{measure} of the team in hidden A, B"] = f"{a:.3f}, {b:.3f}"
+            line[f"{title} printed"] = getattr(row, measure)
+            line[title] = float(values.mean())
+            several = len(values) > 1
+            line[f"{title} low"], line[f"{title} high"] = (values.min(), values.max()) if several else (None, None)
         table.append(line)
     return table
 

@@ -239,7 +239,7 @@ def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[s
     """A dict a model: areas and the gain over `BASELINE`, with the ends of their intervals; areas in each group; cost.
 
     The intervals are over patients, by the bootstrap. Of a model trained with several seeds the scores are the mean
-    of their probabilities; "AUROC a seed" has each seed by itself.
+    of their probabilities; "AUROC a seed", there where any was, has each seed by itself.
     """
     target = tasks.target(outcome.test, outcome.task)
     patient = np.repeat(np.arange(outcome.test.length.size), outcome.test.length)[target.counts]
@@ -250,6 +250,7 @@ def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[s
     base, drawn_base = (areas(label, scores[BASELINE]), drawn_areas[BASELINE]) if BASELINE in scores else (None, None)
     groups = np.unique(outcome.test.group)
     group = outcome.test.group[patient]
+    several = any(len(runs) > 1 for runs in outcome.runs.values())
     rows = []
     for name, score in scores.items():
         auroc, auprc = areas(label, score)
@@ -267,8 +268,9 @@ def table(outcome: Outcome, replicates: int = metrics.REPLICATES) -> list[dict[s
         for one in groups if len(groups) > 1 else ():
             part = group == one
             row[f"AUROC {one}"], row[f"AUPRC {one}"] = areas(label[part], score[part])
-        single = [areas(label, run.test[target.counts])[0] for run in runs] if len(runs) > 1 else []
-        row["AUROC a seed"] = " ".join(f"{value:.3f}" for value in single) or None
+        if several:
+            single = [areas(label, run.test[target.counts])[0] for run in runs] if len(runs) > 1 else []
+            row["AUROC a seed"] = " ".join(f"{value:.3f}" for value in single) or None
         row["seconds"] = float(np.mean([run.seconds for run in runs])) if runs else None
         row["parameters"] = runs[0].parameters if runs else None
         rows.append(row)
