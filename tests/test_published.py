@@ -176,7 +176,7 @@ def test_the_command_adds_a_line_a_training_and_leaves_out_what_is_done(
     wanted = [(row.name, split, seed) for seed in (0, 1) for row in ROWS for split in range(len(row.splits))]
     assert trained == [*wanted[:4], *wanted[3:]]
     table = published.side_by_side(published.read_results(tmp_path / "out.csv"))
-    assert [line["row"] for line in table] == [f"{row.paper}: {row.name}" for row in ROWS]
+    assert [(line["paper"], line["row"]) for line in table] == [(row.paper, row.name) for row in ROWS]
     assert table[0]["trainings"] == 2 and table[3]["trainings"] == 8
     assert table[0]["AUROC"] == pytest.approx(0.805) and table[0]["AUROC printed"] == 0.773
     assert (table[0]["AUROC low"], table[0]["AUROC high"]) == (0.80, 0.81)

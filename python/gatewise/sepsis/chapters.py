@@ -691,8 +691,8 @@ def _tell_published(page: Page, rows: Sequence[dict[str, Any]]) -> None:
         "and the threshold of the utility is the validation patients' best.",
     )  # fmt: skip
     page.text(
-        f"On the challenge's hidden patients of the same hospitals, A and B, {hidden}. VUNO's, a transformer, had an "
-        "AUPRC of 0.144 by the protocol of its row: what that protocol prints is high, for its own team too."
+        f"On the challenge's hidden patients of the same hospitals, A and B, {hidden}. VUNO's, a transformer, had "
+        "been printed with an AUPRC of 0.144 by the protocol of its rows: its own team did not meet that AUPRC again."
     )
 
 
