@@ -193,7 +193,7 @@ def _vuno(name: str, masks: bool, decay: bool, auroc: float, auprc: float, utili
     # The paper doesn't say how many epochs: the one of least loss on the validation patients. Nor what its loss is a
     # mean of, on which hangs what an L2 of 1e-3 is: beside the mean over hours, 40 times smaller than a patient's sum,
     # it holds the weights so small that validation patients' loss was .083, .080, .080 in the three rows; beside the
-    # sum .079, .077, .077.
+    # sum .079, .076, .076.
     return Row(
         name, "VUNO", auroc, auprc, utility, module, vuno_features(masks),
         learning_rate=1e-3, batch_size=32, weight_decay=1e-3, per_patient=True, max_epochs=12,
