@@ -164,21 +164,22 @@ def test_the_command_adds_a_line_a_training_and_leaves_out_what_is_done(
 
     monkeypatch.setattr(published, "reproduce", reproduce)
     monkeypatch.setattr(published, "read", lambda data, progress: made_up(4))
-    command = ["--data", "somewhere", "--out", str(tmp_path / "out.csv"), "--seeds", "2", "--threads", "1"]
+    out = tmp_path / "models" / "out.csv"
+    command = ["--data", "somewhere", "--out", str(out), "--seeds", "2", "--threads", "1"]
     threads = torch.get_num_threads()
     try:
         with pytest.raises(KeyboardInterrupt):
             published.main(command)
-        assert len(published.read_results(tmp_path / "out.csv")) == 3
+        assert len(published.read_results(out)) == 3
         published.main(command)
     finally:
         torch.set_num_threads(threads)
     wanted = [(row.name, split, seed) for seed in (0, 1) for row in ROWS for split in range(len(row.splits))]
     assert trained == [*wanted[:4], *wanted[3:]]
-    table = published.side_by_side(published.read_results(tmp_path / "out.csv"))
+    table = published.side_by_side(published.read_results(out))
     assert [(line["paper"], line["row"]) for line in table] == [(row.paper, row.name) for row in ROWS]
     assert table[0]["trainings"] == 2 and table[3]["trainings"] == 8
     assert table[0]["AUROC"] == pytest.approx(0.805) and table[0]["AUROC printed"] == 0.773
     assert (table[0]["AUROC low"], table[0]["AUROC high"]) == (0.80, 0.81)
-    assert published.side_by_side(published.read_results(tmp_path / "out.csv")[:1])[0]["AUROC low"] is None
-    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert published.side_by_side(published.read_results(out)[:1])[0]["AUROC low"] is None
+    assert [path.name for path in out.parent.iterdir()] == ["out.csv"]

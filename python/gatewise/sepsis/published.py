@@ -349,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--paper", choices=["VUNO", "IADI"], help="default: both")
     parser.add_argument("--threads", type=int, default=available_cores(), metavar="N", help="default: all cores")
     options = parser.parse_args(argv)
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # before the first hour of work, not after it
     torch.set_num_threads(options.threads)
     records = read(options.data, progress=True)
     for seed in range(options.seeds):
