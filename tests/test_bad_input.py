@@ -612,6 +612,22 @@ def test_something_that_is_no_tape():
         )
 
 
+def test_a_layer_takes_the_tapes_of_its_own_forward_alone():
+    x = np.zeros((T, N, I), np.float32)
+    layer = gw.LSTM(I, H)
+    y, _, none = layer.forward(x, training=False)
+    others = {
+        "forward .*training=True.*NoneType": none,
+        "forward .*training=True.*ndarray": y,
+        "this layer's .*got one of .*'gru'": gw.GRU(I, H).forward(x)[2],
+        r"this layer's .*got one of \(2, 1, 'lstm', 6\)": gw.LSTM(I, H, num_layers=2).forward(x)[2],
+        r"this layer's .*got one of \(1, 2, 'lstm', 6\)": gw.LSTM(I, H, bidirectional=True).forward(x)[2],
+        r"this layer's .*got one of \(1, 1, 'lstm', 7\)": gw.LSTM(I, H + 1).forward(x)[2],
+    }
+    for sentence, tape in others.items():
+        refused(layer.backward, {"tape": tape}, f"^tape: expected .*{sentence}")
+
+
 def test_a_forward_pass_that_kept_nothing():
     tape = taped(training=False)
     refused(functional.backward, {"tape": tape}, "^tape: ", "training=True")

@@ -445,7 +445,12 @@ class Layer(LayerOptions):
 
         Returns:
             What is wanted: the gradients by parameter name, "x" like x, "state" like the initial state.
+
+        Raises:
+            ValueError: the tape is not of a training pass of a layer like this one; a gradient of another shape, or a
+                name that there is not.
         """
+        self._must_be_own(tape)
         names = self._wanted(wanted)
         dh, dc = self._split(dstate, "dstate")
         lowest = min((_layer_of(name) for name in names), default=self.num_layers)
@@ -576,6 +581,18 @@ class Layer(LayerOptions):
             got = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
             raise ValueError(f"x: expected {self.dtype} {axes} with I = {self.input_size}; got {got}")
         return x
+
+    def _must_be_own(self, tape: Any) -> None:
+        if not isinstance(tape, LayerTape):
+            raise ValueError(f"tape: expected what forward returned, with training=True; got {type(tape).__name__}")
+        last = tape.runs[-1][-1]
+        own = self.num_layers, self.directions, self.cell, self.output_size // self.directions
+        got = len(tape.runs), len(tape.runs[-1]), last.cell, last.hn.shape[-1]
+        if got != own:
+            raise ValueError(
+                "tape: expected one of this layer's forward, (layers, directions, cell, size of h) "
+                f"{own}; got one of {got}"
+            )
 
     def _checked(self, dy: Array, tape: LayerTape) -> Array:
         expected = (*tape.runs[-1][0].y.shape[:-1], self.output_size)
